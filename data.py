@@ -1,0 +1,369 @@
+"""Data: an image folder, its token cache, and built-in toy pictures.
+
+    python data.py --images DIR --run RUN --out CACHE     tokenise an image folder with the tokenizers of RUN
+    python data.py --toy 4000 --out DIR                   write toy pictures as an image folder, 10 classes of 64x64
+    torchrun --nproc_per_node=8 data.py --images ...      the same over 8 GPUs; run again after a stop, it goes on
+
+An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and names;
+without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.
+
+A cache is a folder of memory-mapped arrays over N images, each in two views (as it is, mirrored); codes and moments of one
+entry always come from the same view:
+
+    codes.npy    [N, 2, L]        uint16    labels.npy  [N] int32, -1 where the image could not be read
+    moments.npy  [N, 2, 2C, h, w] float16   header.json what it was made from and with, checked by `Cache`
+
+Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which images step k of a run sees, from the seed alone.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from math import pi
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import checkpoints
+from runtime import UserError, barrier, print0, run_script, setup
+from tokenizers import KL, VQ
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+CHUNK = 64  # images tokenised and recorded as done together
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop (2105.05233): halve with BOX while twice too large, BICUBIC until the short side fits, cut the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((x, y, x + size, y + size))
+
+
+def read_image(path: str, size: int) -> np.ndarray | None:
+    """-> uint8 [3, size, size], or None if the file is no readable image. Transparency falls on white."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return np.asarray(center_crop(image.convert("RGB"), size)).transpose(2, 0, 1).copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises on broken files
+        return None
+
+
+def to_float(images: np.ndarray) -> torch.Tensor:
+    """uint8 [...] -> float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+
+
+def find_images(root: str):
+    """-> (relative paths, labels, classes as [external id, name]), in sorted order."""
+    if not os.path.isdir(root):
+        raise UserError(f"{root} is not a folder; give a folder with one folder of images per class.")
+    folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+    if folders and set(folders) <= {"train", "val", "valid", "test"}:
+        raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one of them, e.g. {os.path.join(root, folders[0])}.")
+    classes = read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
+    if unknown := set(folders) - set(classes):
+        raise UserError(f"{root}/classes.tsv has no line for the folder {sorted(unknown)[0]}; add one or remove the file.")
+    paths, labels = [], []
+    for label, folder in enumerate(f for f in classes if f in folders):
+        files = sorted(f for f in os.listdir(os.path.join(root, folder)) if f.lower().endswith(EXTENSIONS))
+        paths += [f"{folder}/{f}" for f in files]
+        labels += [label] * len(files)
+    if not paths:
+        raise UserError(f"{root} holds no images; it needs one folder per class with PNG, JPEG or WebP files in it.")
+    return paths, labels, [v for f, v in classes.items() if f in folders]
+
+
+def read_classes(path: str) -> dict | None:
+    """classes.tsv -> {folder: [id, name]} in the file's order, or None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f, delimiter="\t"))
+    try:
+        return {r["folder"]: [int(r["id"]), r["name"]] for r in rows}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
+
+
+# ------------------------------------------------------------------------------------------- which images, and when
+
+class Order:
+    """Sample number -> (image, view). Every epoch is a new permutation, every image shows one of its two views at random."""
+
+    def __init__(self, images: np.ndarray, seed: int):
+        self.images, self.seed, self.epoch = images, seed, None
+
+    def __call__(self, numbers):
+        """Sample numbers, counted from the start of training -> arrays of images and of views (0 or 1)."""
+        image, view = zip(*(self._one(n) for n in numbers))
+        return np.array(image), np.array(view)
+
+    def _one(self, number):
+        epoch, place = divmod(number, len(self.images))
+        if epoch != self.epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.permutation, self.flips = epoch, random.permutation(self.images), random.integers(2, size=len(self.images))
+        return self.permutation[place], self.flips[place]
+
+
+class Folder:
+    """Images of a folder, for the tokenizers: `batch(numbers)` -> float32 [n, 3, size, size] in [-1, 1]."""
+
+    def __init__(self, root: str, size: int, seed: int = 0):
+        self.root, self.size = root, size
+        self.paths, self.labels, self.classes = find_images(root)
+        self.order, self.threads = Order(np.arange(len(self.paths)), seed), ThreadPoolExecutor(4)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def _read(self, image, view):
+        path = os.path.join(self.root, self.paths[image])
+        pixels = read_image(path, self.size)
+        if pixels is None:
+            raise UserError(f"{path} is no readable image; repair or remove it.")
+        return pixels[:, :, ::-1] if view else pixels
+
+    def batch(self, numbers):
+        return (to_float(np.stack(list(self.threads.map(self._read, *self.order(numbers))))),)
+
+
+class Cache:
+    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2C, h, w] float16, classes [n] int64."""
+
+    def __init__(self, path: str, seed: int = 0):
+        self.path, self.header = path, read_header(path)
+        h = self.header
+        if not h["complete"]:
+            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it goes on where it stopped.")
+        self.classes, self.scale = h["classes"], h["scale"]
+        self.arrays = open_arrays(path, h, "r")
+        readable = np.flatnonzero(self.arrays["labels"] >= 0)
+        self.order, self.size = Order(readable, seed), len(readable)
+
+    def __len__(self):
+        return self.size
+
+    def check_tokenizer(self, kind: str, model, path: str):
+        """Refuses tokenizers other than those that made the cache."""
+        if checkpoints.checksum(model.state_dict()) != self.header[kind]:
+            raise UserError(f"the cache {self.path} was made with another {kind} tokenizer than {path}; "
+                            f"make it again: python data.py --images DIR --run {os.path.dirname(path)} --out CACHE")
+
+    def batch(self, numbers):
+        image, view = self.order(numbers)
+        a = self.arrays
+        return (torch.from_numpy(a["codes"][image, view].astype(np.int64)), torch.from_numpy(a["moments"][image, view]),
+                torch.from_numpy(a["labels"][image].astype(np.int64)))
+
+
+def ahead(load, steps):
+    """Yields load(step) for each step, the next one being loaded by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        steps = iter(steps)
+        waiting = [thread.submit(load, s) for _, s in zip(range(2), steps)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting += [thread.submit(load, s) for _, s in zip(range(1), steps)]
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+def read_header(path: str) -> dict:
+    try:
+        with open(os.path.join(path, "header.json")) as f:
+            header = json.load(f)
+        body = {k: v for k, v in header.items() if k != "checksum"}
+        if header["checksum"] != text_hash(body):
+            raise UserError(f"{path}/header.json was changed; make the cache again with data.py.")
+        return header
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a token cache; make one: python data.py --images DIR --run RUN --out {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path}/header.json is damaged; make the cache again with data.py.") from None
+
+
+def write_header(path: str, header: dict):
+    temporary = os.path.join(path, "header.json.tmp")
+    with open(temporary, "w") as f:
+        json.dump({**header, "checksum": text_hash(header)}, f, indent=1)
+    os.replace(temporary, os.path.join(path, "header.json"))
+
+
+def text_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_arrays(path: str, h: dict, mode: str) -> dict:
+    """The arrays of a cache. mode: r, r+ or w+ (create)."""
+    N, L, g = h["images"], h["grid"] ** 2, h["grid"]
+    layout = {"codes": ((N, 2, L), np.uint16), "moments": ((N, 2, 2 * h["channels"], g, g), np.float16),
+              "labels": ((N,), np.int32), "done": ((-(-N // CHUNK),), np.uint8)}
+    arrays = {}
+    for name, (shape, dtype) in layout.items():
+        file = os.path.join(path, f"{name}.npy")
+        try:
+            arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
+        except (OSError, ValueError):
+            raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again with data.py.") from None
+        if arrays[name].shape != shape or arrays[name].dtype != dtype:
+            raise UserError(f"{file} does not fit its header; remove {path} and make the cache again with data.py.")
+    return arrays
+
+
+def tokenise(images: str, run: str, out: str, world, size: int | None = None):
+    """Writes the cache `out` of the image folder with RUN/vq.pt and RUN/kl.pt. Each rank takes every size-th chunk."""
+    models = {}
+    for kind, module in (("vq", VQ), ("kl", KL)):
+        config, state = checkpoints.load(os.path.join(run, f"{kind}.pt"), kind)
+        models[kind] = module(config)
+        models[kind].load_state_dict(state)
+        models[kind].eval().to(world.device)
+    vq, kl = models["vq"], models["kl"]
+    size = size or checkpoints.read(os.path.join(run, "kl.pt")).get("image_size", 256)
+    if size % vq.stride or size % kl.stride or vq.stride != kl.stride:
+        raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
+    paths, labels, classes = find_images(images)
+    header = {"format": 1, "images": len(paths), "grid": size // kl.stride, "channels": kl.cfg.z_channels, "size": size,
+              "codebook": vq.cfg.codebook_size, "classes": classes, "files": text_hash(paths),
+              "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
+    if world.rank == 0:
+        begin(out, header, labels)
+    barrier()
+
+    arrays = open_arrays(out, header, "r+")
+    chunks = [c for c in range(world.rank, len(arrays["done"]), world.size) if not arrays["done"][c]]
+    threads = ThreadPoolExecutor(4)
+    load = lambda c: list(threads.map(lambda p: read_image(os.path.join(images, p), size), paths[c * CHUNK:(c + 1) * CHUNK]))
+    bar = tqdm(total=len(chunks) * CHUNK, unit=" images", desc="tokenise", disable=world.rank > 0)
+    for c, pixels in zip(chunks, ahead(load, chunks)):
+        good = [i for i, p in enumerate(pixels) if p is not None]
+        where = c * CHUNK + np.arange(len(pixels))
+        arrays["labels"][np.delete(where, good)] = -1
+        if good:
+            x = to_float(np.stack([pixels[i] for i in good])).to(world.device)
+            for view, y in enumerate((x, x.flip(-1))):
+                arrays["codes"][where[good], view] = vq.encode(y).cpu().numpy().astype(np.uint16)
+                arrays["moments"][where[good], view] = kl.encode(y).cpu().numpy().astype(np.float16)
+        for name in ("codes", "moments", "labels"):
+            arrays[name].flush()
+        arrays["done"][c] = 1  # after its data is on disk, so that a kill loses at most this chunk
+        bar.update(len(pixels))
+    bar.close()
+    barrier()
+    if world.rank == 0:
+        finish(out, header, paths, kl.cfg.scale)
+    barrier()
+
+
+def begin(out, header, labels):
+    """Creates the arrays, or checks that those already there belong to the same images and tokenizers."""
+    if os.path.exists(os.path.join(out, "header.json")):
+        there = read_header(out)
+        if any(there.get(k) != v for k, v in header.items()):
+            raise UserError(f"{out} holds a cache of other images or tokenizers; choose another --out or remove it.")
+        return
+    os.makedirs(out, exist_ok=True)
+    open_arrays(out, header, "w+")["labels"][:] = labels
+    write_header(out, {**header, "complete": False})
+
+
+def finish(out, header, paths, file_scale):
+    """Measures the scale of the latents, 1 / std over all images and views, and completes the header."""
+    arrays = open_arrays(out, header, "r")
+    bad = np.flatnonzero(arrays["labels"] < 0)
+    if len(bad) > 0.01 * len(paths):
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {paths[bad[0]]}; repair or remove them.")
+    n = total = squares = 0.0
+    for i in range(0, len(paths), 1024):
+        part = arrays["moments"][i:i + 1024][arrays["labels"][i:i + 1024] >= 0].astype(np.float64)
+        mean, logvar = np.split(part, 2, axis=2)
+        n, total = n + mean.size, total + mean.sum()
+        squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
+    scale = float((squares / n - (total / n) ** 2) ** -0.5)
+    write_header(out, {**header, "complete": True, "scale": scale, "unreadable": [paths[i] for i in bad]})
+    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, latent scale {scale:.4f}")
+    if abs(scale / file_scale - 1) > 0.05:
+        print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
+
+
+# -------------------------------------------------------------------------------------------------------- toy images
+
+SHAPES = ("disc", "square", "triangle", "ring", "cross")
+
+
+def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Image.Image:
+    """One of 10 classes: five shapes, warm on a smooth background (0 to 4) or cold on a striped one (5 to 9)."""
+    warm, shape = label < 5, SHAPES[label % 5]
+    y, x = np.mgrid[:size, :size] / size
+    angle, phase = random.uniform(0, pi), random.uniform(0, 2 * pi)
+    wave = np.cos(angle) * x + np.sin(angle) * y
+    wave = wave if warm else 0.5 + 0.3 * np.sin(2 * pi * 6 * wave + phase)
+    dark, light = random.uniform(20, 90, 3), random.uniform(110, 200, 3)
+    image = Image.fromarray((dark + (light - dark) * wave.clip(0, 1)[..., None]).astype(np.uint8)).resize((4 * size, 4 * size))
+    color = (np.array([235, 120, 40]) if warm else np.array([60, 140, 240])) + random.integers(-20, 20, 3)
+    color, r = tuple(int(v) for v in color.clip(0, 255)), random.uniform(0.2, 0.34) * 4 * size
+    cx, cy = random.uniform(0.38, 0.62, 2) * 4 * size
+    draw = ImageDraw.Draw(image)
+    box = [cx - r, cy - r, cx + r, cy + r]
+    if shape == "disc":
+        draw.ellipse(box, fill=color)
+    elif shape == "ring":
+        draw.ellipse(box, outline=color, width=int(r * 0.4))
+    elif shape == "square":
+        draw.rectangle(box, fill=color)
+    elif shape == "triangle":
+        draw.polygon([(cx, cy - r), (cx - r, cy + r), (cx + r, cy + r)], fill=color)
+    else:
+        draw.rectangle([cx - r, cy - r / 3, cx + r, cy + r / 3], fill=color)
+        draw.rectangle([cx - r / 3, cy - r, cx + r / 3, cy + r], fill=color)
+    return image.resize((size, size), Image.BOX)
+
+
+def write_toy(count: int, out: str, seed: int = 0):
+    """Writes `count` toy pictures as an image folder; picture i is the same whatever the count."""
+    names = [f"{'warm' if k < 5 else 'cold'} {SHAPES[k % 5]}" for k in range(10)]
+    for name in names:
+        os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
+    with open(os.path.join(out, "classes.tsv"), "w") as f:
+        f.write("folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names)))
+    for i in tqdm(range(count), unit=" images", desc="toy"):
+        picture = toy_picture(i % 10, np.random.default_rng((seed, i)))
+        picture.save(os.path.join(out, names[i % 10].replace(" ", "_"), f"{i:06d}.png"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", help="image folder to tokenise")
+    parser.add_argument("--run", help="run directory whose vq.pt and kl.pt are used")
+    parser.add_argument("--toy", type=int, metavar="N", help="write N toy pictures instead")
+    parser.add_argument("--out", required=True, help="the cache, or the folder of toy pictures")
+    parser.add_argument("--size", type=int, help="crop size in pixels (default: what kl.pt was trained at; 256 for official files)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args()
+    if args.toy is not None:
+        if args.toy < 1:
+            raise UserError("--toy needs a number of pictures of at least 1.")
+        return write_toy(args.toy, args.out)
+    if not args.images or not args.run:
+        raise UserError("give --images DIR and --run RUN to tokenise, or --toy N; see --help.")
+    tokenise(args.images, args.run, args.out, setup(args.device), args.size)
+
+
+if __name__ == "__main__":
+    run_script(main)

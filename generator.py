@@ -1,0 +1,262 @@
+"""The continuous generator: a masked autoencoder over latents, with a diffusion head for each token. D2C section 4.2, on MAR (2406.11838).
+
+    p(latents | class, codes): hide a random part of the tokens, look at the rest and at the condition, and say for each hidden
+    position what the diffusion head needs to draw it (z). Sampling starts with everything hidden and draws a few positions an iteration.
+
+    Generator(cfg)
+    .loss(latents [B, L, C], classes [B], codes [B, L])  -> scalar
+    .generate(classes [B], codes [B, L])                 -> latents [B, L, C]
+
+    sequence, encoder:  [ prefix P | visible latents V ]
+              decoder:  [ prefix P | visible latents V | masked positions M ],  V + M = L
+
+The transformer knows positions only from the tables added to its rows, so rows may stand in any order. Both uses below put
+the visible ones first and the masked ones behind: everything is then a slice. fusion.py decides what the prefix is and what
+else the blocks see. classes == cfg.classes is the null class of guidance; it implies the fake codes.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diffloss import T, DiffusionHead, HeadConfig
+from fusion import Condition, make_fusion
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    fusion: str = "qformer"    # none, qformer, cross_attention
+    dim: int = 768             # D
+    depth: int = 12            # encoder blocks, and again as many decoder blocks
+    heads: int = 12
+    prefix: int = 64           # P, slots in front of the latents
+    token_dim: int = 16        # C
+    grid: int = 16             # L = grid * grid
+    classes: int = 1000
+    head_depth: int = 6
+    head_width: int = 1024
+    batch_mul: int = 4         # draws of (t, noise) per token and training step
+    dropout: float = 0.1
+    vocab: int = 16384         # K and width of the prior's code table
+    code_dim: int = 768
+    queries: int = 16          # Q, and the size of the Q-Former
+    qformer_width: int = 512
+    qformer_layers: int = 4
+    qformer_heads: int = 4
+
+
+class Block(nn.Module):
+    """ViT block, pre-norm, with the fusion's cross-attention in the middle if it has one."""
+
+    def __init__(self, dim, heads, dropout, cross):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.cross = cross
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x, keys_values=None, rows=slice(None)):
+        """x [B, T, D] -> [B, T', D] for the T' rows that are asked for; keys and values come from all rows."""
+        p = self.dropout if self.training else 0.0
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # each [B, H, T, D/H]
+        y = F.scaled_dot_product_attention(q[:, :, rows], k, v, dropout_p=p)
+        x = x[:, rows] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p)                   # [B, T', D]
+        if self.cross is not None:
+            x = self.cross(x, keys_values)
+        h = F.dropout(F.gelu(self.fc1(self.norm2(x))), p)
+        return x + F.dropout(self.fc2(h), p)
+
+
+def rows_at(x, where):
+    """x [B or 1, L, D], where [B, n] positions -> [B, n, D]."""
+    return x.expand(len(where), -1, -1).gather(1, where[..., None].expand(-1, -1, x.shape[-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+class Generator(nn.Module):
+    def __init__(self, c: GeneratorConfig):
+        super().__init__()
+        self.cfg = c
+        self.fusion = make_fusion(c)
+        P, L = self.fusion.slots, c.grid**2
+        self.class_embedding = nn.Embedding(c.classes, c.dim)
+        self.fake_class = nn.Parameter(torch.empty(1, c.dim))
+        self.latent_in = nn.Linear(c.token_dim, c.dim)
+        self.encoder_positions = nn.Parameter(torch.empty(1, P + L, c.dim))
+        self.encoder_in_norm = nn.LayerNorm(c.dim, eps=1e-6)
+        block = lambda: Block(c.dim, c.heads, c.dropout, self.fusion.cross_attention())
+        self.encoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
+        self.encoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
+        self.decoder_in = nn.Linear(c.dim, c.dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, c.dim))
+        self.decoder_positions = nn.Parameter(torch.empty(1, P + L, c.dim))
+        self.decoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
+        self.decoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
+        self.output_positions = nn.Parameter(torch.empty(1, L, c.dim))
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+        for p in (self.class_embedding.weight, self.fake_class, self.mask_token, self.encoder_positions,
+                  self.decoder_positions, self.output_positions):
+            nn.init.normal_(p, std=0.02)
+        self.head = DiffusionHead(HeadConfig(c.token_dim, c.dim, c.head_depth, c.head_width))  # initialises itself
+
+    def condition(self, classes, codes) -> Condition:
+        """classes [B] and codes [B, L] through the fusion, with `context` already turned into keys and values per block."""
+        is_null = classes == self.cfg.classes                                                    # [B]
+        token = self.class_embedding(classes.masked_fill(is_null, 0))
+        c = self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
+        blocks = [*self.encoder_blocks, *self.decoder_blocks]
+        read = [None if c.context is None else b.cross.attention.keys_values(c.context) for b in blocks]
+        return c._replace(context=read)
+
+    def run_encoder(self, latents, visible, condition):
+        """latents [B, V, C] at positions visible [B, V] -> [B, P+V, D]."""
+        P = self.fusion.slots
+        x = self.latent_in(latents) + rows_at(self.encoder_positions[:, P:], visible)
+        x = torch.cat([condition.prefix + self.encoder_positions[:, :P], x], dim=1)              # [B, P+V, D]
+        x = self.encoder_in_norm(x)
+        for block, keys_values in zip(self.encoder_blocks, condition.context):
+            x = block(x, keys_values)
+        return self.encoder_norm(x)
+
+    def run_decoder(self, encoded, positions, V, rows, condition):
+        """encoded [B, P+V, D]; positions [B, L]: the V visible, then the masked -> z [B, n, D] of positions[:, rows], a slice."""
+        P = self.fusion.slots
+        visible, masked = positions[:, :V], positions[:, V:]
+        mask = self.mask_token if condition.masked is None else rows_at(condition.masked, masked)
+        x = torch.cat([self.decoder_in(encoded), mask.expand(*masked.shape, -1).to(encoded.dtype)], dim=1)
+        place = rows_at(self.decoder_positions[:, P:], positions)                                # [B, L, D]
+        x = x + torch.cat([self.decoder_positions[:, :P].expand(len(x), -1, -1), place], dim=1)  # [B, P+L, D]
+        context = condition.context[self.cfg.depth:]
+        for block, keys_values in zip(self.decoder_blocks[:-1], context):
+            x = block(x, keys_values)
+        x = self.decoder_blocks[-1](x, context[-1], slice(P + rows.start, P + rows.stop))        # only the rows that are asked for
+        return self.decoder_norm(x) + rows_at(self.output_positions, positions[:, rows])
+
+    def encode(self, latents, classes, codes, mask):
+        """latents [B, L, C], mask [B, L] (1 = hidden, equally many in each image) -> [B, P+V, D], visible in raster order."""
+        visible, V = self._visible_first(mask)
+        visible = visible[:, :V]
+        return self.run_encoder(rows_at(latents, visible), visible, self.condition(classes, codes))
+
+    def hidden(self, latents, classes, codes, mask):
+        """The same -> z [B, L, D] for every position, in raster order."""
+        positions, V = self._visible_first(mask)
+        c = self.condition(classes, codes)
+        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], c)
+        z = self.run_decoder(encoded, positions, V, slice(0, self.cfg.grid**2), c)
+        return rows_at(z, positions.argsort(1))
+
+    def _visible_first(self, mask):
+        positions = mask.argsort(dim=1, stable=True)
+        return positions, int((mask[0] == 0).sum())
+
+    # ------------------------------------------------------------------------------------------------------- loss
+
+    def loss(self, latents, classes, codes, mask=None, t=None, noise=None):
+        """Mean diffusion loss over hidden tokens and batch_mul = M draws of (t, noise). D2C Eq. 2.
+
+        latents [B, L, C]; mask [B, L], 1 = hidden; t [M, B, L] int64; noise [M, B, L, C]: drawn when None.
+        The head runs on hidden tokens only; same loss and gradient as computing all and masking afterwards.
+        """
+        B, L, C = latents.shape
+        if mask is None:
+            order = torch.rand(B, L, device=latents.device).argsort(1)
+            mask = order < math.ceil(mask_ratio(float(torch.rand(()))) * L)
+        positions, V = self._visible_first(mask)
+        c = self.condition(classes, codes)
+        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], c)
+        z = self.run_decoder(encoded, positions, V, slice(V, L), c)                              # [B, n, D], n = L - V
+        masked, M = positions[:, V:], self.cfg.batch_mul if t is None else len(t)
+        x = rows_at(latents, masked)                                                             # [B, n, C]
+        if t is None:
+            t = torch.randint(T, (M, B, L), device=x.device)
+        if noise is None:
+            noise = torch.randn(M, B, L, C, device=x.device)
+        draws = masked.expand(M, B, L - V).flatten(0, 1)                                         # [M*B, n]
+        t = rows_at(t.flatten(0, 1)[..., None], draws).flatten()                                 # [M*B*n]
+        noise = rows_at(noise.flatten(0, 1), draws).flatten(0, 1)                                # [M*B*n, C]
+        repeat = lambda a: a.expand(M, *a.shape).flatten(0, 2)                                   # [B, n, .] -> [M*B*n, .]
+        return self.head.loss(repeat(x), repeat(z), t, noise).mean()
+
+    # --------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
+                 orders=None, noise=None, generator=None, t_max=T - 1, progress=None):
+        """classes [B], codes [B, L] (None for fusion none) -> latents [B, L, C]. MAR section 3.3.
+
+        orders [B, L]: a permutation of the positions per image; generation walks it from its end. noise: a list, one
+        [steps+1, n, C] per iteration, rows batch-major, then raster order of the n/B positions generated. generator: a
+        torch.Generator or a list of B. progress: called after every iteration.
+        """
+        c, device = self.cfg, classes.device
+        B, L = len(classes), c.grid**2
+        if not 1 <= iterations <= L:
+            raise ValueError(f"iterations must be between 1 and the {L} tokens of an image, not {iterations}")
+        if schedule not in ("linear", "constant"):
+            raise ValueError(f"guidance schedule must be linear or constant, not {schedule!r}")
+        if orders is None:
+            orders = per_image(generator, B, lambda g, n: torch.rand(n, L, generator=g, device=g.device if g else device))
+            orders = orders.to(device).argsort(1)
+        hidden = hidden_counts(L, iterations)                            # [m_0, ..., 0]: hidden after each iteration
+        # Positions in the order of generation; within an iteration in raster order, which the rows of noise follow.
+        # Iteration k then sees the first L - hidden[k-1] positions and draws the next ones: slices, no indexing.
+        bounds = [0] + [L - m for m in hidden]
+        walk = orders.flip(1)
+        walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip(bounds, bounds[1:])], dim=1)
+
+        guided = cfg != 1.0
+        if guided:  # both branches in one batch; the null one has the null class and, through it, fake codes
+            classes = torch.cat([classes, torch.full_like(classes, c.classes)])
+            codes = None if codes is None else torch.cat([codes, codes])
+            walk = torch.cat([walk, walk])
+        condition = self.condition(classes, codes)                       # once per image
+        latents = torch.zeros(len(walk), L, c.token_dim, device=device)  # in the order of `walk`
+        for k, (V, end) in enumerate(zip(bounds, bounds[1:])):
+            encoded = self.run_encoder(latents[:, :V], walk[:, :V], condition)
+            z = self.run_decoder(encoded, walk, V, slice(V, end), condition)                     # [B or 2B, n, D]
+            z = z.flatten(0, 1).float()
+            n = B * (end - V)
+            scale = 1 + (cfg - 1) * (L - max(hidden[k], 1)) / L if schedule == "linear" else cfg
+            if noise is not None:
+                noise_k = noise[k]
+            else:
+                draw = lambda g, b: torch.randn(steps + 1, b * (end - V), c.token_dim, generator=g, device=g.device if g else device)
+                noise_k = per_image(generator, B, draw, dim=1).to(device)
+            x = self.head.sample(z[:n], z[n:] if guided else None, scale, steps, temperature, noise_k, t_max=t_max)
+            x = x.view(B, end - V, c.token_dim)
+            latents[:, V:end] = torch.cat([x, x]) if guided else x
+            if progress:
+                progress()
+        return rows_at(latents[:B], walk[:B].argsort(1))                 # back to raster order
+
+
+def mask_ratio(uniform):
+    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [0.7, 1], by its inverse from uniform in [0, 1)."""
+    cdf = lambda x: 0.5 * (1 + math.erf((x - 1) / (0.25 * math.sqrt(2))))
+    p = cdf(0.7) + uniform * (cdf(1.0) - cdf(0.7))
+    return 1 + 0.25 * math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64, device="cpu")))
+
+
+def hidden_counts(L, iterations):
+    """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left at the end."""
+    counts, now = [], L
+    for k in range(iterations - 1):
+        m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))
+        now = max(1, min(now - 1, m))
+        counts.append(now)
+    return counts + [0]
+
+
+def per_image(generator, B, draw, dim=0):
+    """Random numbers of a batch: draw(generator, B) for one generator, or image by image for a list of them."""
+    if isinstance(generator, list):
+        return torch.cat([draw(g, 1) for g in generator], dim=dim)
+    return draw(generator, B)

@@ -1,0 +1,368 @@
+"""Training: one straight loop for the three stages.
+
+    stage 0   tokenizers VQ and KL, on an image folder                      --only vq or kl for one of them
+    stage 1   prior, on a cache (data.py)                                   D2C 4.1, Eq. 3
+    stage 2   generator, on a cache; prior and tokenizers frozen            D2C 4.2, Eq. 2
+
+    python train.py --stage 0 --preset tiny --data DIR --run runs/tiny
+    python data.py --images DIR --run runs/tiny --out data/tiny
+    python train.py --stage 1 --preset tiny --data data/tiny --run runs/tiny
+    python train.py --stage 2 --preset tiny --data data/tiny --run runs/tiny
+    torchrun --nproc_per_node=8 train.py --stage 2            preset d2c-b, data/cache, runs/d2c-b
+
+The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), train-N.pt (what resuming
+needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch = images per rank and pass x
+ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole global batch, of which each rank
+takes its rows: a run is the same on 1 and on 8 GPUs, and resumes without any generator's state.
+"""
+import argparse
+import os
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoints
+import sample
+from data import Cache, Folder, ahead, to_float
+from diffloss import T
+from generator import Generator, mask_ratio
+from presets import PRESETS
+from prior import Prior
+from runtime import UserError, all_mean, autocast, barrier, log, print0, rng, run_script, setup
+from tokenizers import KL, VQ, fit_linear_path
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+# A stage is a module: build the models and the data, `forward(step, rows, *batch)` gives the loss of the rows of step's
+# global batch. `trained` holds the models that learn, by kind; what is frozen stays outside so that it is not saved again.
+
+class Tokenizers(nn.Module):
+    """Stage 0: both tokenizers in one loop; they share nothing but the images."""
+
+    def __init__(self, args, preset, world):
+        super().__init__()
+        self.args, self.device = args, world.device
+        self.data = Folder(args.data, preset.image_size, args.seed)
+        kinds = {"vq": lambda: VQ(preset.vq), "kl": lambda: KL(preset.kl)}
+        self.trained = nn.ModuleDict({k: make() for k, make in kinds.items() if args.only in (None, k)})
+        self.about = {"image_size": preset.image_size}
+        self.decays = lambda name, p: p.ndim >= 2
+
+    def start(self):
+        """Fits the linear paths on real patches, in a new run."""
+        for model in self.trained.values():
+            if model.cfg.linear_path:
+                images, = self.data.batch(range(min(2000, len(self.data))))
+                fit_linear_path(model, images, rng("cpu", "linear path", self.args.seed))
+
+    def forward(self, step, rows, images):
+        loss = 0.0
+        if "vq" in self.trained:
+            loss = loss + self.trained["vq"].loss(images)[0]
+        if "kl" in self.trained:
+            kl = self.trained["kl"]
+            h = images.shape[-1] // kl.stride
+            noise = torch.randn(self.args.batch, kl.cfg.z_channels, h, h, generator=rng(self.device, "stage 0", self.args.seed, step),
+                                device=self.device)
+            loss = loss + kl.loss(images, noise[rows])[0]
+        return loss
+
+    def after(self, step, total, ema):
+        """Every 100 steps of the first half, codes that nothing chose move onto encoded patches."""
+        vq = self.trained["vq"] if "vq" in self.trained else None
+        if vq is None or (step + 1) % 100 or step > total / 2:
+            return {}
+        all_mean(vq.usage)
+        images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
+        restarted = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
+        return {"dead_codes": restarted}
+
+    def finish(self, models):
+        """Measures the scale of KL's latents, 1 / std."""
+        if "kl" in models:
+            kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
+            latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=rng(self.device, "scale")) for x in images.split(50)])
+            kl.cfg = replace(kl.cfg, scale=kl.cfg.scale / float(latents.std()))
+
+    def picture(self, models):
+        """Rows: images, decoded codes, decoded latents."""
+        images = self.data.batch(range(8))[0].to(self.device)
+        rows = [images] + ([models["vq"].decode(models["vq"].encode(images))] if "vq" in models else [])
+        if "kl" in models:
+            moments = models["kl"].encode(images)
+            rows.append(models["kl"].decode(models["kl"].sample(moments, torch.zeros_like(moments.chunk(2, 1)[0]))))
+        return sample.to_uint8(torch.cat(rows))
+
+
+class OnCache(nn.Module):
+    """What stages 1 and 2 share: the cache, and the tokenizers that made it."""
+
+    def __init__(self, args, preset, world):
+        super().__init__()
+        self.args, self.device, self.sampling = args, world.device, preset.sampling
+        self.data = Cache(args.data, args.seed)
+        self.classes, self.grid = self.data.classes, self.data.header["grid"]
+        self.frozen = {}
+        for kind in ("vq", "kl"):
+            self.load_frozen(kind, sample.MODULES[kind])
+            self.data.check_tokenizer(kind, self.frozen[kind], os.path.join(args.run, f"{kind}.pt"))
+        self.about = {"classes": self.classes}
+
+    def load_frozen(self, kind, module):
+        config, state = checkpoints.load(os.path.join(self.args.run, f"{kind}.pt"), kind)
+        model = module(config)
+        model.load_state_dict(state)
+        self.frozen[kind] = model.eval().requires_grad_(False).to(self.device)
+
+    def start(self):
+        pass
+
+    def after(self, step, total, ema):
+        return {}
+
+    def finish(self, models):
+        pass
+
+    def shown(self):
+        """Sixteen classes for a grid of samples."""
+        return torch.arange(16, device=self.device) % len(self.classes)
+
+
+class PriorStage(OnCache):
+    """Stage 1: cross-entropy of the codes."""
+
+    def __init__(self, args, preset, world):
+        super().__init__(args, preset, world)
+        c = replace(preset.prior, vocab=self.data.header["codebook"], grid=self.grid, classes=len(self.classes))
+        self.trained = nn.ModuleDict({"prior": Prior(c)})
+        self.decays = lambda name, p: p.ndim >= 2
+
+    def forward(self, step, rows, codes, moments, classes):
+        prior = self.trained["prior"]
+        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < prior.cfg.class_drop
+        return prior.loss(codes, classes, drop[rows].to(self.device))
+
+    def picture(self, models):
+        s, generators = self.sampling, [rng(self.device, "grid", i) for i in range(16)]
+        codes = models["prior"].generate(self.shown(), s.prior_cfg, s.prior_temperature, generator=generators)
+        return sample.to_uint8(self.frozen["vq"].decode(codes))
+
+
+class GeneratorStage(OnCache):
+    """Stage 2: the diffusion loss of hidden latents, given class and codes."""
+
+    def __init__(self, args, preset, world):
+        super().__init__(args, preset, world)
+        vq, kl = self.frozen["vq"], self.frozen["kl"]
+        self.condition = args.condition or preset.condition
+        config = preset.generator if args.fusion is None else replace(preset.generator, fusion=args.fusion)
+        has_prior = os.path.exists(os.path.join(args.run, "prior.pt"))
+        if config.fusion != "none" and not has_prior and self.condition == "teacher_forced":
+            raise UserError(f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth.")
+        if config.fusion != "none" and has_prior:
+            self.load_frozen("prior", Prior)
+        code_dim = self.frozen["prior"].cfg.dim if "prior" in self.frozen else preset.prior.dim
+        config = replace(config, grid=self.grid, classes=len(self.classes), vocab=vq.cfg.codebook_size, code_dim=code_dim,
+                         token_dim=kl.cfg.z_channels)
+        generator = Generator(config)
+        if "prior" in self.frozen:
+            generator.fusion.embedding.weight.data.copy_(self.frozen["prior"].code_embedding.weight)
+        self.trained = nn.ModuleDict({"generator": generator})
+        self.decays = lambda name, p: p.ndim >= 2 and "head." not in name
+        if kl.cfg.scale == 1.0:  # a file that does not know its scale
+            kl.cfg = replace(kl.cfg, scale=self.data.scale)
+        if abs(self.data.scale / kl.cfg.scale - 1) > 0.05:
+            print0(f"note: the cache's latent scale is {self.data.scale:.4f}, kl.pt's {kl.cfg.scale:.4f}; training with kl.pt's")
+        self.about.update(sampling=asdict(self.sampling), condition=self.condition, latent_scale=kl.cfg.scale)
+
+    def forward(self, step, rows, codes, moments, classes):
+        generator, G, L, device = self.trained["generator"], self.args.batch, self.grid**2, self.device
+        c = generator.cfg
+        ratio = mask_ratio(float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step))))  # one ratio for all ranks
+        g = rng(device, "stage 2", self.args.seed, step)
+        uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)[rows]
+        order, drop, draws = uniform(G, L).argsort(1), uniform(G) < 0.1, uniform(G, L)
+        posterior = torch.randn(G, c.token_dim, self.grid, self.grid, generator=g, device=device)[rows]
+        t = torch.randint(T, (c.batch_mul, G, L), generator=g, device=device)[:, rows]
+        noise = torch.randn(c.batch_mul, G, L, c.token_dim, generator=g, device=device)[:, rows]
+
+        latents = self.frozen["kl"].sample(moments, posterior)  # drawn anew at every step
+        if c.fusion == "none":
+            codes = None
+        elif self.condition == "teacher_forced":
+            codes = self.frozen["prior"].resample(codes, classes, draws)
+        mask = order < -int(-ratio * L // 1)  # ceil(ratio * L) tokens are hidden
+        return generator.loss(latents, classes.masked_fill(drop, c.classes), codes, mask, t, noise)
+
+    def picture(self, models):
+        run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"), self.classes,
+                         self.sampling, self.device)
+        if models["generator"].cfg.fusion != "none" and run.prior is None:
+            return None  # nothing to draw codes from yet
+        return sample.generate(run, self.shown()).images
+
+
+STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2), required=True)
+    parser.add_argument("--preset", choices=PRESETS, default="d2c-b")
+    parser.add_argument("--data", help="image folder (stage 0) or cache (stages 1, 2; default: data/cache)")
+    parser.add_argument("--run", help="run directory (default: runs/PRESET)")
+    parser.add_argument("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
+    parser.add_argument("--fusion", help="stage 2: none, qformer, cross_attention (default: the preset's)")
+    parser.add_argument("--condition", choices=("teacher_forced", "ground_truth"), help="stage 2: codes drawn from the prior given the "
+                        "true past, or the true codes (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
+    parser.add_argument("--batch", type=int, help="global batch (default: the preset's)")
+    parser.add_argument("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
+    parser.add_argument("--accumulate", type=int, default=1, help="passes per optimizer step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--log-every", type=int, default=20, help="steps")
+    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
+    args = parser.parse_args()
+    args.run = args.run or os.path.join("runs", args.preset)
+    if args.data is None and args.stage == 0:
+        raise UserError("stage 0 trains on an image folder: give --data DIR.")
+    args.data = args.data or os.path.join("data", "cache")
+    return args
+
+
+def main():
+    args = parse_args()
+    world, preset = setup(args.device), PRESETS[args.preset]
+    recipe = preset.recipes[args.stage]
+    recipe = replace(recipe, batch=args.batch or recipe.batch, lr=args.lr or recipe.lr)
+    args.batch = recipe.batch
+    if min(args.batch, args.accumulate, args.log_every, args.save_every, args.steps or 1) < 1:
+        raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
+    if args.batch % (world.size * args.accumulate):
+        raise UserError(f"a batch of {args.batch} does not divide into {world.size} ranks x {args.accumulate} passes; change --batch.")
+    micro = args.batch // (world.size * args.accumulate)
+
+    if not args.dry_run:
+        try:
+            os.makedirs(args.run, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run directory {args.run}: {error.strerror}.") from None
+    torch.manual_seed(args.seed)
+    stage = STAGES[args.stage](args, preset, world)
+    steps = args.steps or max(1, round(recipe.epochs * len(stage.data) / args.batch))
+    warmup = recipe.warmup * len(stage.data) / args.batch
+    lr = recipe.lr * args.batch / 256
+    names = "+".join(stage.trained)
+    count = sum(p.numel() for p in stage.trained.parameters())
+    print0(f"stage {args.stage}: {names}, {count:,} parameters, {len(stage.data):,} images, {steps:,} steps of {args.batch} = {micro} images "
+           f"x {world.size} ranks x {args.accumulate} passes, learning rate {lr:.2e} after {warmup:.0f} steps, on {world.device}")
+    if args.dry_run:
+        return
+
+    state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
+    state = checkpoints.read(state_path) if os.path.exists(state_path) else None
+    configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
+    if state is None:
+        stage.start()
+    elif state["configs"] != configs:
+        raise UserError(f"{state_path} was trained with other settings than --preset {args.preset} gives here; choose another --run.")
+    stage.to(world.device)
+    if state is not None:
+        stage.trained.load_state_dict(state["raw"])
+    ema = deepcopy(stage.trained).eval().requires_grad_(False)
+    learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
+              {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type == "cuda")
+    first = 0
+    if state is not None:
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        print0(f"resuming {state_path} at step {first:,}")
+    loss_of = torch.compile(stage) if args.compile else stage  # `stage` stays the unwrapped module
+    if world.size > 1:
+        loss_of = DistributedDataParallel(loss_of, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+    def save(step):
+        if world.rank > 0:
+            return
+        stage.finish(ema)
+        for kind, model in ema.items():
+            checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step, preset=args.preset, **stage.about)
+        checkpoints.write(state_path, {"format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
+                                       "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+
+    def show(step):
+        """A grid of samples: raw weights above, EMA below."""
+        if world.rank > 0:
+            return
+        stage.trained.eval()
+        pictures = [p for models in (stage.trained, ema) if (p := stage.picture(models)) is not None]
+        stage.trained.train()
+        if pictures:
+            sample.save_picture(sample.grid(torch.cat(pictures), 8), os.path.join(args.run, "grids", f"stage{args.stage}-{step:07d}.png"))
+
+    def rows(k):  # of the global batch, for this rank's k-th pass
+        start = (k * world.size + world.rank) * micro
+        return slice(start, start + micro)
+
+    passes = [(step, k) for step in range(first, steps) for k in range(args.accumulate)]
+    numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
+    batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
+    bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps", mininterval=1)
+    total, seen, norm, clock = torch.zeros((), device=world.device), 0, torch.zeros(()), time.time()
+    stage.trained.train()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
+        for k in range(args.accumulate):
+            # dropout: a seed of its own for every step, pass and rank
+            torch.manual_seed(rng("cpu", "dropout", args.seed, step, k, world.rank).initial_seed())
+            batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
+            last = k == args.accumulate - 1
+            with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
+                loss = loss_of(step, rows(k), *batch) / args.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(stage.trained.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(recipe.ema, (1 + step) / (10 + step))  # own: a fixed decay would keep the random start for its first 1 / (1 - decay) steps
+        torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
+        extra = stage.after(step, steps, ema)
+        seen += 1
+        done = step + 1
+        if done % args.log_every == 0 or done == steps:  # the only place that waits for the device
+            mean = float(all_mean(total / seen))
+            speed = seen * args.batch / (time.time() - clock)
+            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s", refresh=False)
+            if world.rank == 0:
+                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=mean, lr=group["lr"], grad_norm=float(norm),
+                    images_per_s=round(speed, 1), **extra)
+            total.zero_()
+            seen, clock = 0, time.time()
+        if done % args.save_every == 0 or done == steps:
+            save(done)
+        if args.grid_every and (done % args.grid_every == 0 or done == steps):
+            show(done)
+        bar.update()
+    bar.close()
+    barrier()
+    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after {steps:,} steps")
+
+
+if __name__ == "__main__":
+    run_script(main)
