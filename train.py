@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 import checkpoints
 import sample
-from data import Cache, Folder, ahead, to_float
+from data import Cache, Folder, ahead
 from diffloss import T
+from fusion import FUSIONS
 from generator import Generator, mask_ratio
 from presets import PRESETS
 from prior import Prior
@@ -220,7 +221,7 @@ def parse_args():
     parser.add_argument("--data", help="image folder (stage 0) or cache (stages 1, 2; default: data/cache)")
     parser.add_argument("--run", help="run directory (default: runs/PRESET)")
     parser.add_argument("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
-    parser.add_argument("--fusion", help="stage 2: none, qformer, cross_attention (default: the preset's)")
+    parser.add_argument("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
     parser.add_argument("--condition", choices=("teacher_forced", "ground_truth"), help="stage 2: codes drawn from the prior given the "
                         "true past, or the true codes (default: the preset's)")
     parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
@@ -246,10 +247,12 @@ def main():
     args = parse_args()
     world, preset = setup(args.device), PRESETS[args.preset]
     recipe = preset.recipes[args.stage]
-    recipe = replace(recipe, batch=args.batch or recipe.batch, lr=args.lr or recipe.lr)
+    recipe = replace(recipe, **{k: v for k in ("batch", "lr") if (v := getattr(args, k)) is not None})
     args.batch = recipe.batch
-    if min(args.batch, args.accumulate, args.log_every, args.save_every, args.steps or 1) < 1:
+    if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
+    if recipe.lr <= 0:
+        raise UserError("--lr must be above 0.")
     if args.batch % (world.size * args.accumulate):
         raise UserError(f"a batch of {args.batch} does not divide into {world.size} ranks x {args.accumulate} passes; change --batch.")
     micro = args.batch // (world.size * args.accumulate)
@@ -261,7 +264,7 @@ def main():
             raise UserError(f"cannot make the run directory {args.run}: {error.strerror}.") from None
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, preset, world)
-    steps = args.steps or max(1, round(recipe.epochs * len(stage.data) / args.batch))
+    steps = max(1, round(recipe.epochs * len(stage.data) / args.batch)) if args.steps is None else args.steps
     warmup = recipe.warmup * len(stage.data) / args.batch
     lr = recipe.lr * args.batch / 256
     names = "+".join(stage.trained)

@@ -1,0 +1,232 @@
+"""The diffusion head: against a sampler and a loss written out from the papers, and on a distribution that is known."""
+import math
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffloss import T, DiffusionHead, HeadConfig, Schedule, spaced_timesteps
+
+N, C, D = 6, 3, 8
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses an operation on tensors of several devices: meta kernels do not always notice what CUDA would refuse."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
+        assert len(devices) < 2, f"{func} mixes devices {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta():
+    """Code run in here on meta tensors fails where it leaves a tensor on the CPU, or waits for a value: a host sync."""
+    with pytest.MonkeyPatch.context() as patch, OneDevice():
+        patch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no meta device
+        yield
+
+
+def wake(model, std=0.1):
+    """Gives the layers that start at zero something to say."""
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return wake(DiffusionHead(HeadConfig(token_dim=C, cond_dim=D, depth=2, width=32)))
+
+
+def alpha_bar(t):
+    """Cosine schedule in float64, from its definition, as a product of clipped steps. t = -1 is clean."""
+    f = lambda i: math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return math.prod(1 - min(1 - f(i + 1) / f(i), 0.999) for i in range(t + 1))
+
+
+@torch.no_grad()
+def textbook_sample(head, z, z_null, cfg, kept, temperature, noise):
+    """p_sample of improved DDPM over the timesteps `kept`, one network call per branch and step."""
+    x = noise[0]
+    for k, i in enumerate(reversed(range(len(kept)))):
+        a, previous = alpha_bar(kept[i]), alpha_bar(kept[i - 1]) if i else 1.0
+        beta, t = 1 - a / previous, torch.full((len(x),), kept[i])
+        eps, v = head.net(x, t, z).chunk(2, dim=1)
+        if z_null is not None:
+            null = head.net(x, t, z_null)[:, :C]
+            eps = null + cfg * (eps - null)
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = (beta * math.sqrt(previous) * x0 + (1 - previous) * math.sqrt(1 - beta) * x) / (1 - a)
+        if i > 0:
+            share = (v + 1) / 2
+            logvar = share * math.log(beta) + (1 - share) * math.log(beta * (1 - previous) / (1 - a))
+            x = x + temperature * (logvar / 2).exp() * noise[k + 1]
+    return x
+
+
+@pytest.mark.parametrize("steps, t_max, cfg, temperature", [
+    (1, 999, 1.0, 1.0), (2, 999, 3.0, 1.0), (25, 999, 1.0, 0.9), (25, 950, 3.0, 0.9), (10, 9, 0.5, 1.0)])
+def test_sample_is_the_textbook_loop(head, steps, t_max, cfg, temperature):
+    z, z_null, noise = torch.randn(N, D), torch.randn(N, D), torch.randn(steps + 1, N, C)
+    kept = spaced_timesteps(steps, t_max)
+    assert all(abs(t - i * t_max / max(steps - 1, 1)) < 0.5001 for i, t in enumerate(kept))
+    want = textbook_sample(head, z, z_null if cfg != 1 else None, cfg, kept, temperature, noise)
+    got = head.sample(z, z_null, cfg, steps, temperature, noise, t_max=t_max)
+    assert (got - want).norm() < 3e-4 * want.norm()
+
+
+def test_sample_details(head):
+    z, z_null, noise = torch.randn(N, D), torch.randn(N, D), torch.randn(6, N, C)
+    x = head.sample(z, steps=5, noise=noise)
+    assert torch.equal(x, head.sample(z, z_null, 1.0, 5, noise=noise))                                  # cfg 1: no guidance
+    torch.testing.assert_close(x, head.sample(z, z.clone(), 3.0, 5, noise=noise), rtol=1e-3, atol=1e-3)  # nothing to guide
+    assert torch.equal(x, head.sample(z, steps=5, noise=torch.cat([noise[:5], noise[:1]])))             # last slab unused
+    assert not torch.allclose(x, head.sample(z, steps=5, noise=torch.cat([noise[:4], noise[:2]])))
+    seeded = lambda: torch.Generator().manual_seed(7)
+    assert torch.equal(head.sample(z, steps=5, generator=seeded()), head.sample(z, steps=5, generator=seeded()))
+
+
+def test_timesteps():
+    assert spaced_timesteps(1) == [0] and spaced_timesteps(1000) == list(range(1000))
+    assert len(set(spaced_timesteps(100, 950))) == 100 and spaced_timesteps(100, 950)[-1] == 950
+    for steps, t_max in ((0, 999), (1001, 999), (11, 9)):
+        with pytest.raises(ValueError):
+            spaced_timesteps(steps, t_max)
+    s = Schedule()
+    assert s.abar[999] == pytest.approx(2.4e-9, rel=0.02) and s.min_logvar[0] == s.min_logvar[1]
+    assert all(low <= high + 1e-9 for low, high in zip(s.min_logvar[1:], s.max_logvar[1:]))
+
+
+class ExactNet(nn.Module):
+    """Says exactly which noise leads from x0 to x_t. It takes the place of HeadNet; a modulation is the timestep itself."""
+
+    def __init__(self, x0):
+        super().__init__()
+        self.x0 = x0
+        self.embed_time, self.modulations = lambda t: t[:, None], lambda y: y
+        self.cond = lambda z: torch.zeros(len(z), 1)
+
+    def body(self, x_t, t):
+        abar = torch.tensor([alpha_bar(int(i)) for i in t]).float()[:, None]
+        return torch.cat([(x_t - abar.sqrt() * self.x0) / (1 - abar).sqrt(), torch.zeros_like(x_t)], dim=1)
+
+    def forward(self, x_t, t, z):
+        return self.body(x_t, t)
+
+
+@pytest.mark.parametrize("steps, t_max", [(1, 999), (10, 999), (10, 950)])
+def test_exact_noise_gives_back_x0(head, steps, t_max):
+    x0 = torch.randn(N, C)
+    head.net = ExactNet(x0)
+    x = head.sample(torch.zeros(N, D), steps=steps, t_max=t_max)
+    torch.testing.assert_close(x, x0, rtol=1e-3, atol=1e-3)
+    t = torch.tensor([1, 2, 100, 500, 900, 950])
+    assert head.loss(x0, torch.zeros(N, D), t).max() < 0.1  # only the variance, v = 0, is not the best one
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+def parts(head, x, z, t, noise):
+    """The network's answer, and the two Gaussians of the bound: q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t), for t > 0."""
+    a, previous = (torch.tensor([alpha_bar(int(i) - d) for i in t], dtype=torch.float64)[:, None] for d in (0, 1))
+    beta = 1 - a / previous
+    x_t = a.sqrt() * x + (1 - a).sqrt() * noise
+    eps, v = head.net(x_t.float(), t, z).double().chunk(2, dim=1)
+    posterior = beta * (1 - previous) / (1 - a)
+    mean = lambda x0: (beta * previous.sqrt() * x0 + (1 - previous) * (1 - beta).sqrt() * x_t) / (1 - a)
+    variance = (beta.log() * (v + 1) / 2 + posterior.log() * (1 - v) / 2).exp()
+    return eps, Normal(mean(x.double()), posterior.sqrt()), Normal(mean((x_t - (1 - a).sqrt() * eps) / a.sqrt()), variance.sqrt())
+
+
+def test_loss_is_noise_error_plus_bound(head):
+    t = torch.tensor([1, 2, 50, 400, 700, 900])
+    x, z, noise = torch.randn(N, C), torch.randn(N, D), torch.randn(N, C)
+    eps, q, p = parts(head, x, z, t, noise)
+    want = ((eps - noise) ** 2).mean(1) + kl_divergence(q, p).mean(1) / math.log(2)
+    torch.testing.assert_close(head.loss(x, z, t, noise).double(), want, rtol=2e-3, atol=1e-4)
+
+
+def test_loss_at_t0_is_a_discretised_likelihood(head):
+    x = torch.tensor([[-1.0, 0.0, 1.0], [0.5, -0.5, 0.25]])
+    z, noise, t = torch.randn(2, D), 0.5 * torch.randn(2, C), torch.zeros(2, dtype=torch.int64)
+    a, s = alpha_bar(0), Schedule()
+    x_t = math.sqrt(a) * x + math.sqrt(1 - a) * noise
+    eps, v = head.net(x_t, t, z).chunk(2, dim=1)
+    mean = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    share = (v + 1) / 2  # of the posterior's variance at index 1, there being none at index 0
+    p = Normal(mean.double(), (0.5 * (share * s.max_logvar[0] + (1 - share) * s.min_logvar[1])).exp().double())
+    below, above = p.cdf(x - 1 / 255), 1 - p.cdf(x + 1 / 255)
+    below, above = below.where(x > -0.999, 0), above.where(x < 0.999, 0)  # the outermost bins have no far side
+    want = ((eps - noise) ** 2).mean(1) - (1 - below - above).log().mean(1) / math.log(2)
+    torch.testing.assert_close(head.loss(x, z, t, noise).double(), want, rtol=0.02, atol=0.02)  # tanh for the CDF
+
+
+def test_bound_does_not_train_the_noise(head):
+    """The gradient on eps is that of the squared error alone; v gets one from the bound alone."""
+    class Said(nn.Module):
+        def forward(self, x_t, t, z):
+            return said
+    said = torch.randn(N, 2 * C, requires_grad=True)
+    head.net, noise = Said(), torch.randn(N, C)
+    head.loss(torch.randn(N, C), torch.randn(N, D), torch.tensor([0, 1, 10, 100, 500, 999]), noise).sum().backward()
+    torch.testing.assert_close(said.grad[:, :C], 2 / C * (said[:, :C] - noise))
+    assert (said.grad[:, C:] != 0).any(dim=1).all()
+
+
+def test_new_head_predicts_nothing():
+    head = DiffusionHead(HeadConfig(C, D, 2, 32))
+    assert not head.net(torch.randn(N, C), torch.arange(N), torch.randn(N, D)).any()
+    noise = torch.randn(N, C)
+    loss = head.loss(torch.randn(N, C), torch.randn(N, D), torch.full((N,), 500), noise)
+    assert ((loss - noise.pow(2).mean(1)) > 0).all()  # the bound of v = 0
+
+
+def test_rows_do_not_see_each_other(head):
+    x, z, noise, t = torch.randn(N, C), torch.randn(N, D), torch.randn(N, C), torch.arange(N) * 99
+    alone = torch.cat([head.loss(x[i:i + 1], z[i:i + 1], t[i:i + 1], noise[i:i + 1]) for i in range(N)])
+    torch.testing.assert_close(head.loss(x, z, t, noise), alone)
+
+
+def test_fp32_under_autocast(head):
+    x, z, t, noise = torch.randn(N, C), torch.randn(N, D), torch.arange(N) * 150, torch.randn(6, N, C)
+    want, drawn = head.loss(x, z, t, noise[0]), head.sample(z, z.flip(0), 2.0, 5, noise=noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.net(x, t, z).dtype == torch.bfloat16  # else this test shows nothing
+        got = head.loss(x, z, t, noise[0])
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+        assert torch.equal(head.sample(z, z.flip(0), 2.0, 5, noise=noise), drawn)
+        assert head.loss(x.bfloat16(), z.bfloat16(), t).dtype == torch.float32
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        head, x, z = DiffusionHead(HeadConfig(C, D, 2, 32)), torch.empty(N, C), torch.empty(N, D)
+    with on_meta():
+        assert head.net(x, torch.empty(N, dtype=torch.int64, device="meta"), z).shape == (N, 2 * C)
+        assert head.loss(x, z).shape == (N,)
+        assert head.sample(z, z, cfg=2.0, steps=3).shape == (N, C)
+
+
+def test_learns_a_gaussian():
+    """Tokens of mean +-2 by condition and standard deviation 0.5 in one channel, 1 in the other."""
+    torch.manual_seed(0)
+    head, std = DiffusionHead(HeadConfig(token_dim=2, cond_dim=1, depth=2, width=64)), torch.tensor([0.5, 1.0])
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for step in range(500):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 500)
+        z = torch.randint(2, (256, 1)) * 2.0 - 1
+        optimizer.zero_grad()
+        head.loss(2 * z + std * torch.randn(256, 2), z).mean().backward()
+        optimizer.step()
+    for sign in (-1.0, 1.0):
+        x = head.sample(torch.full((2000, 1), sign), steps=50, t_max=950)
+        torch.testing.assert_close(x.mean(0), torch.full((2,), 2 * sign), rtol=0, atol=0.2)
+        torch.testing.assert_close(x.std(0), std, rtol=0.2, atol=0)

@@ -1,0 +1,123 @@
+"""How codes reach the generator: every fusion's promises, and what each does with them."""
+import pytest
+import torch
+
+from fusion import FUSIONS, make_fusion
+from generator import GeneratorConfig
+from test_diffloss import on_meta, wake
+
+B, L, D, P, K = 3, 16, 32, 4, 20
+WITH_CODES = [name for name in FUSIONS if name != "none"]
+
+
+def config(fusion, **changes):
+    return GeneratorConfig(**{**dict(fusion=fusion, dim=D, depth=2, heads=2, prefix=P, grid=4, classes=5, vocab=K, code_dim=24,
+                                     queries=2, qformer_width=16, qformer_layers=2, qformer_heads=2), **changes})
+
+
+def make(fusion):
+    torch.manual_seed(0)
+    model = wake(make_fusion(config(fusion)))
+    if fusion != "none":
+        torch.nn.init.normal_(model.embedding.weight)
+    return model
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return torch.randint(K, (B, L)), torch.randn(B, D), torch.tensor([False, True, False])
+
+
+def everything(condition):
+    """All that the generator sees of a condition, per image."""
+    return torch.cat([x.flatten(1) for x in condition if x is not None], dim=1)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_shapes(fusion, batch):
+    model = make(fusion)
+    prefix, context, masked = model(*batch)
+    assert prefix.shape == (B, model.slots, D)
+    assert all(x is None or x.shape == (B, L, D) for x in (context, masked))
+    with torch.device("meta"):
+        model = make_fusion(config(fusion))
+    with on_meta():
+        assert model(*(x.to("meta") for x in batch)).prefix.shape == prefix.shape
+
+
+@pytest.mark.parametrize("fusion", WITH_CODES)
+def test_codes_matter_and_so_does_their_order(fusion, batch):
+    model, (codes, token, is_null) = make(fusion), batch
+    seen = everything(model(codes, token, is_null))
+    other = codes.clone()
+    other[:, 5] = (codes[:, 5] + 1) % K
+    swapped = codes.clone()
+    codes[:, 3], codes[:, 9] = 1, 2
+    swapped[:, 3], swapped[:, 9] = 2, 1
+    change = (everything(model(other, token, is_null)) - seen).abs().amax(1)
+    order = (everything(model(swapped, token, is_null)) - everything(model(codes, token, is_null))).abs().amax(1)
+    for d in (change, order):
+        assert d[0] > 1e-4 and d[2] > 1e-4 and d[1] == 0  # a null class implies fake codes
+
+
+@pytest.mark.parametrize("fusion", WITH_CODES)
+def test_fake_codes_are_learned_and_the_table_is_frozen(fusion, batch):
+    model = make(fusion)
+    everything(model(*batch)).pow(2).sum().backward()
+    assert model.embedding.weight.grad is None and not model.embedding.weight.requires_grad
+    assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+    model.zero_grad()
+    everything(model(*batch[:2], torch.zeros(B, dtype=torch.bool))).pow(2).sum().backward()
+    assert not model.fake_code.grad.any()  # nobody was null
+
+
+def test_embedding_is_equation_4(batch):
+    model, (codes, _, is_null) = make("cross_attention"), batch
+    h = model.embed(codes, is_null)
+    rows = model.embedding.weight[codes] + model.positions
+    rows[1] = model.fake_code + model.positions[0]
+    torch.testing.assert_close(h, rows @ model.project.weight.T + model.project.bias)
+
+
+def test_prefix(batch):
+    token = batch[1][:, None]
+    for fusion, slots in (("none", range(P)), ("cross_attention", range(P)), ("qformer", range(2, P))):
+        prefix = make(fusion)(*batch).prefix
+        assert all(torch.equal(prefix[:, i:i + 1], token) for i in slots)
+    assert not torch.isclose(prefix[:, :2], token).any()  # the two queries of the Q-Former, in front
+
+
+def test_qformer_reads_all_codes_into_different_queries(batch):
+    model = make("qformer").qformer
+    h = torch.randn(1, L, D, requires_grad=True)
+    queries = model(h)
+    assert (queries[0, 0] - queries[0, 1]).abs().max() > 1e-2
+    queries[0, 0].sum().backward()
+    assert h.grad[0].abs().amax(-1).min() > 0
+
+
+def test_cross_attention():
+    """x + softmax(q k / sqrt(d)) v per head, by hand; each row on its own."""
+    layer = wake(make("cross_attention").cross_attention())
+    x, y = torch.randn(B, 5, D), torch.randn(B, L, D)
+    a = layer.attention
+    q = a.q(torch.nn.functional.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias, 1e-6)).view(B, 5, 2, 16)
+    k, v = a.kv(y).view(B, L, 2, 2, 16).unbind(2)
+    weights = torch.einsum("bthd,buhd->bhtu", q, k).div(16**0.5).softmax(-1)
+    want = x + a.proj(torch.einsum("bhtu,buhd->bthd", weights, v).reshape(B, 5, D))
+    got = layer(x, a.keys_values(y))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(layer(x[:, 2:4], a.keys_values(y)), got[:, 2:4])
+    assert all(make(f).cross_attention() is None for f in ("none", "qformer"))
+
+
+def test_refusals(batch):
+    for fusion in WITH_CODES:
+        with pytest.raises(ValueError, match="codes"):
+            make(fusion)(None, *batch[1:])
+    make("none")(None, *batch[1:])
+    with pytest.raises(ValueError, match="unknown"):
+        make_fusion(config("attention"))
+    with pytest.raises(ValueError, match="prefix"):
+        make_fusion(config("qformer", queries=5))

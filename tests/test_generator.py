@@ -1,0 +1,281 @@
+"""The masked generator: its sizes, what it may and may not see, its loss, and the iterative decoder around a fake head."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffloss import T
+from fusion import FUSIONS
+from generator import Generator, GeneratorConfig, hidden_counts, mask_ratio
+from presets import PRESETS
+from prior import Prior
+from test_diffloss import on_meta, wake
+
+CONFIG = GeneratorConfig("none", dim=32, depth=2, heads=2, prefix=4, token_dim=3, grid=4, classes=5, head_depth=2, head_width=32,
+                         batch_mul=2, dropout=0.0, vocab=20, code_dim=24, queries=2, qformer_width=16, qformer_layers=1, qformer_heads=2)
+B, L, C, NULL = 3, 16, 3, CONFIG.classes
+every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
+with_codes = pytest.mark.parametrize("fusion", [name for name in FUSIONS if name != "none"])
+
+
+def make(fusion="none", **changes):
+    torch.manual_seed(0)
+    model = wake(Generator(replace(CONFIG, fusion=fusion, **changes)))
+    if fusion != "none":
+        torch.nn.init.normal_(model.fusion.embedding.weight)
+    return model
+
+
+@pytest.fixture
+def batch():
+    """latents, classes, codes, and a mask that hides ten of sixteen positions, other ones in each image."""
+    torch.manual_seed(1)
+    return torch.randn(B, L, C), torch.tensor([0, 3, NULL]), torch.randint(20, (B, L)), (torch.rand(B, L).argsort(1) < 10).float()
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def generators(n):
+    return [torch.Generator().manual_seed(100 + i) for i in range(n)]
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        assert count(Generator(GeneratorConfig("none"))) == 207_924_768
+        large = GeneratorConfig("none", dim=1024, depth=16, heads=16, head_depth=8, head_width=1280)
+        assert count(Generator(large)) == 478_326_304
+        for name, millions in (("d2c-b", 362), ("d2c-b-cross", 389), ("d2c-l", 633)):  # Table 1 of the paper
+            p = PRESETS[name]
+            assert round((count(Prior(p.prior)) + count(Generator(p.generator))) / 1e6) == millions, name
+
+
+@every_fusion
+def test_meta_device(fusion):
+    with torch.device("meta"):
+        model, latents, mask = Generator(replace(CONFIG, fusion=fusion)), torch.empty(B, L, C), torch.empty(B, L)
+        classes, codes = torch.zeros(B, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int64)
+    model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # counting the visible waits for the device
+    with on_meta():
+        assert model.encode(latents, classes, codes, mask).shape == (B, model.fusion.slots + 6, CONFIG.dim)
+        assert model.hidden(latents, classes, codes, mask).shape == (B, L, CONFIG.dim)
+        model.loss(latents, classes, codes, mask).backward()
+        model.loss(latents, classes, codes)
+        assert model.generate(classes, codes, iterations=4, steps=3).shape == (B, L, C)
+
+
+# ------------------------------------------------------------------------------------------------- what it may see
+
+@every_fusion
+def test_hidden_latents_do_not_leak(fusion, batch):
+    model, (latents, classes, codes, mask) = make(fusion), batch
+    z = model.hidden(latents, classes, codes, mask)
+    hidden, visible = latents.clone(), latents.clone()
+    hidden[mask == 1] += 1
+    assert torch.equal(model.hidden(hidden, classes, codes, mask), z)
+    visible[torch.arange(B), mask.argmin(1)] += 1
+    assert ((model.hidden(visible, classes, codes, mask) - z).abs().amax(-1) > 1e-6).all()
+
+
+@every_fusion
+def test_condition(fusion, batch):
+    model, (latents, classes, codes, mask) = make(fusion), batch
+    z = model.hidden(latents, classes, codes, mask)
+    other = (z - model.hidden(latents, torch.tensor([1, 3, NULL]), codes, mask)).abs().amax((1, 2))
+    assert other[0] > 1e-3 and not other[1:].any()
+    null = model.hidden(latents, torch.full((B,), NULL), codes, mask)
+    assert ((null - z)[:2].abs().amax((1, 2)) > 1e-3).all() and torch.equal(null[2], z[2])
+    moved = (z - model.hidden(latents, classes, (codes + 1) % 20, mask)).abs().amax(-1)     # [B, L]
+    assert (moved[:2] > 1e-5).all() if fusion != "none" else not moved.any()
+    assert not moved[2].any()  # a null class implies fake codes
+
+
+def test_where_latents_go(batch):
+    """z is in raster order, and encode's rows are the visible ones in raster order: by moving an image's rows about."""
+    model, (latents, classes, _, mask) = make(), batch
+    encoded, z = model.encode(latents, classes, None, mask), model.hidden(latents, classes, None, mask)
+    P = CONFIG.prefix
+    for b in range(B):
+        seen = (mask[b] == 0).nonzero().flatten()
+        changed = latents.clone()
+        changed[b, seen[2]] += 5
+        change = (model.encode(changed, classes, None, mask) - encoded)[b, P:].norm(dim=1)
+        assert change.argmax() == 2
+    move = torch.randperm(L)  # the same picture, told in another order, with its positions
+    for table in (model.encoder_positions, model.decoder_positions, model.output_positions):
+        table.data[:, -L:] = table.data[:, -L:][:, move]
+    torch.testing.assert_close(model.hidden(latents[:, move], classes, None, mask[:, move]), z[:, move], rtol=1e-4, atol=1e-4)
+
+
+@every_fusion
+def test_decoder_rows(fusion, batch):
+    """The last block answers for some rows only; all rows are its keys and values all the same."""
+    model, (latents, classes, codes, mask) = make(fusion), batch
+    positions, V = model._visible_first(mask)
+    c = model.condition(classes, codes)
+    encoded = model.run_encoder(latents.gather(1, positions[:, :V, None].expand(-1, -1, C)), positions[:, :V], c)
+    every = model.run_decoder(encoded, positions, V, slice(0, L), c)
+    for a, b in ((V, L), (V, V + 1), (3, 11)):
+        torch.testing.assert_close(model.run_decoder(encoded, positions, V, slice(a, b), c), every[:, a:b])
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+@every_fusion
+def test_loss_is_the_mean_over_hidden_tokens(fusion, batch):
+    model, (latents, classes, codes, mask) = make(fusion), batch
+    t, noise = torch.randint(T, (2, B, L)), torch.randn(2, B, L, C)
+    z = model.hidden(latents, classes, codes, mask)
+    rows = [model.head.loss(latents[mask == 1], z[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
+    torch.testing.assert_close(model.loss(latents, classes, codes, mask, t, noise), torch.cat(rows).mean())
+
+
+def test_loss_draws_its_own(batch, monkeypatch):
+    """Without mask, t and noise: 70 to 100 % hidden, batch_mul rows a hidden token, all noise levels."""
+    model, (latents, classes, _, _), rows = make(), batch, []
+    monkeypatch.setattr(model.head, "loss", lambda x, z, t, noise: rows.append((x, t)) or z.sum() * 0)
+    for _ in range(50):
+        model.loss(latents, classes, None)
+    hidden = [len(x) // (2 * B) for x, _ in rows]
+    assert all(len(x) % (2 * B) == 0 for x, _ in rows) and min(hidden) == 12 and max(hidden) == 16  # ceil(0.7 * 16) = 12
+    t = torch.cat([t for _, t in rows])
+    assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
+    assert all(2 * len(x.unique(dim=0)) == len(x) for x, _ in rows)
+
+
+def test_mask_ratio():
+    """Normal(1, 0.25) truncated to [0.7, 1]: the quantile function gives back its quantiles, mean and density."""
+    ratios = torch.tensor([mask_ratio((i + 0.5) / 2000) for i in range(2000)], dtype=torch.float64)
+    assert 0.7 <= ratios.min() < 0.701 and 0.999 < ratios.max() <= 1 and (ratios.diff() > 0).all()
+    x = torch.linspace(0.7, 1.0, 3001, dtype=torch.float64)
+    density = (-((x - 1) / 0.25) ** 2 / 2).exp()
+    assert ratios.mean() == pytest.approx(float((x * density).sum() / density.sum()), abs=1e-3)
+    assert (ratios < 0.85).double().mean() == pytest.approx(float(density[x < 0.85].sum() / density.sum()), abs=1e-3)
+    assert math.isclose(mask_ratio(0.0), 0.7) and math.ceil(mask_ratio(1 - 2**-24) * 256) == 256
+
+
+@every_fusion
+def test_every_parameter_learns(fusion, batch):
+    model, (latents, classes, codes, mask) = make(fusion), batch
+    model.train()
+    model.loss(latents, classes, codes, mask).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == ([] if fusion == "none" else ["fusion.embedding.weight"])  # the prior's table is frozen
+    assert model.class_embedding.weight.grad.any(dim=1).tolist() == [True, False, False, True, False]
+
+
+def test_dropout_only_in_training(batch):
+    model, (latents, classes, _, mask) = make(dropout=0.1), batch
+    z = lambda: model.hidden(latents, classes, None, mask)
+    assert torch.equal(z(), z())
+    model.train()
+    assert not torch.equal(z(), z())
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+@pytest.mark.parametrize("grid", [4, 8, 16])
+@pytest.mark.parametrize("iterations", ["1", "2", "L//4", "L"])
+def test_every_latent_is_drawn_once(grid, iterations, monkeypatch):
+    """A head that numbers its rows: each number comes back, at the place and in the iteration of the image's order."""
+    n = eval(iterations, {"L": grid**2})
+    model, calls = make(grid=grid, depth=1, token_dim=1), []
+
+    def number(z, *rest, **how):
+        calls.append(len(z))
+        return sum(calls[:-1]) + torch.arange(len(z)).float()[:, None]
+    monkeypatch.setattr(model.head, "sample", number)
+    orders = torch.stack([torch.randperm(grid**2) for _ in range(2)])
+    x = model.generate(torch.tensor([0, 1]), None, n, 1, cfg=1.0, orders=orders)[..., 0]
+    assert torch.equal(x.flatten().sort().values, torch.arange(2 * grid**2).float())
+    hidden, first = [grid**2] + hidden_counts(grid**2, n), 0
+    for before, after in zip(hidden, hidden[1:]):
+        for b in range(2):  # rows batch-major, then raster order
+            places = orders[b, after:before].sort().values
+            assert x[b, places].tolist() == list(range(first, first + len(places)))
+            first += len(places)
+    with pytest.raises(ValueError, match="iterations"):
+        model.generate(torch.tensor([0]), None, grid**2 + 1)
+
+
+@pytest.mark.parametrize("L", [16, 64, 256])
+def test_hidden_counts(L):
+    for n in (1, 2, math.isqrt(L), L // 4, L - 1, L):
+        counts = hidden_counts(L, n)
+        assert len(counts) == n and counts[-1] == 0 and all(a > b for a, b in zip([L] + counts, counts))
+        cosine = [math.floor(L * math.cos(math.pi / 2 * (k + 1) / n)) for k in range(n - 1)]
+        assert all(m <= c for m, c in zip(counts, cosine))
+        if n <= math.isqrt(L):  # so few that the cosine alone draws one or more each time
+            assert counts[:-1] == cosine
+    assert hidden_counts(L, L) == list(range(L - 1, -1, -1))  # one at a time
+
+
+@every_fusion
+def test_iterations_see_what_was_drawn(fusion, batch):
+    """generate, written out with `hidden` and a mask: other layout, other guidance code, same latents."""
+    model, (_, classes, codes, _) = make(fusion), batch
+    orders = torch.rand(B, L).argsort(1)
+    counts = [L] + hidden_counts(L, 4)
+    noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
+    latents, mask, null = torch.zeros(B, L, C), torch.ones(B, L), torch.full((B,), NULL)
+    for k, after in enumerate(counts[1:]):
+        now = (orders.argsort(1) < after).float()
+        new = (mask - now) == 1
+        z, z_null = (model.hidden(latents, y, codes, mask)[new] for y in (classes, null))
+        scale = 1 + (3.0 - 1) * (L - max(after, 1)) / L
+        latents[new] = model.head.sample(z, z_null, scale, 5, 0.9, noise[k], t_max=900)
+        mask = now
+    got = model.generate(classes, codes, 4, 5, 3.0, "linear", 0.9, orders, noise, t_max=900)
+    assert relative(got, latents) < 3e-4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_guidance_schedule(schedule, batch, monkeypatch):
+    model, scales = make(), []
+
+    def sample(z, z_null, cfg, *rest, **how):
+        scales.append(cfg)
+        return torch.zeros(len(z), C)
+    monkeypatch.setattr(model.head, "sample", sample)
+    model.generate(batch[1], None, 4, 1, 3.0, schedule)
+    want = [1 + 2 * (16 - m) / 16 for m in (14, 11, 6, 1)] if schedule == "linear" else [3.0] * 4  # 16 cos(pi/8 (k+1))
+    assert scales == pytest.approx(want)
+    with pytest.raises(ValueError, match="schedule"):
+        model.generate(batch[1], None, 4, schedule="cosine")
+
+
+@with_codes
+def test_guidance(fusion, batch):
+    model, codes, null = make(fusion), batch[2], torch.full((B,), NULL)
+    run = lambda classes, codes, cfg: model.generate(classes, codes, 4, 5, cfg, "constant", generator=generators(B))
+    plain = run(null, codes, 1.0)
+    assert relative(run(null, codes, 3.0), plain) < 3e-4                   # both branches say the same
+    assert relative(run(null, (codes + 1) % 20, 3.0), plain) < 3e-4        # null class, fake codes
+    classes = torch.tensor([0, 1, 2])
+    assert relative(run(classes, codes, 3.0), run(classes, codes, 1.0)) > 1e-2
+    assert relative(run(classes, (codes + 1) % 20, 1.0), run(classes, codes, 1.0)) > 1e-2
+
+
+@every_fusion
+def test_a_picture_does_not_depend_on_its_batch(fusion):
+    model, classes, codes = make(fusion), torch.arange(7) % 5, torch.randint(20, (7, L))
+    together = model.generate(classes, codes, 4, 5, 2.0, generator=generators(7))
+    for i, g in enumerate(generators(7)):
+        alone = model.generate(classes[i:i + 1], codes[i:i + 1], 4, 5, 2.0, generator=[g])
+        assert relative(alone[0], together[i]) < 3e-4
+        assert relative(together[i - 1], together[i]) > 0.1  # other pictures
+
+
+def test_one_seed_draws_orders_and_noise():
+    model, classes = make(), torch.tensor([0, 0])
+    a, b = (model.generate(classes, None, 4, 5, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and relative(a[0], a[1]) > 0.1
+    calls = []
+    model.generate(classes, None, 4, 5, progress=lambda: calls.append(1))
+    assert len(calls) == 4

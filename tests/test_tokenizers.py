@@ -1,0 +1,213 @@
+"""Both tokenizers: sizes and shapes, the order of positions, the one place of the scale, and that they learn."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from data import to_float, toy_picture
+from test_diffloss import on_meta
+from tokenizers import KL, VQ, KLConfig, VQConfig, fit_linear_path
+
+SMALL = dict(ch=32, ch_mult=(1, 1), blocks=1)
+LINEAR = dict(ch=32, ch_mult=(1, 1, 1), blocks=1, unshuffle=2, linear_path=True)  # stride 8
+VQ_SMALL = VQConfig(**SMALL, z_channels=32, codebook_size=64)
+KL_SMALL = KLConfig(**SMALL, z_channels=4)
+VQ_LINEAR = VQConfig(**LINEAR, z_channels=16, codebook_size=64)
+KL_LINEAR = KLConfig(**LINEAR, z_channels=8, scale=1.0)
+
+
+def make(config):
+    torch.manual_seed(0)
+    return (VQ if isinstance(config, VQConfig) else KL)(config)
+
+
+def toys(n, size=32):
+    random = np.random.default_rng(0)
+    return to_float(np.stack([np.asarray(toy_picture(i % 10, random, size)) for i in range(n)]).transpose(0, 3, 1, 2))
+
+
+def mean_latents(kl, images):
+    moments = kl.encode(images)
+    return kl.sample(moments, noise=torch.zeros_like(moments.chunk(2, 1)[0]))
+
+
+def psnr(a, b):
+    return float(10 * torch.log10(4 / F.mse_loss(a, b)))
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VQ(VQConfig()).parameters()) == 71_883_403
+        assert sum(p.numel() for p in KL(KLConfig()).parameters()) == 66_456_019
+
+
+@pytest.mark.parametrize("changes", [{}, dict(ch_mult=(1, 2, 2)), dict(blocks=2), dict(unshuffle=2), dict(linear_path=True),
+                                     dict(ch_mult=(2,), unshuffle=4, linear_path=True)])
+def test_shapes(changes):
+    vq, kl, images = make(replace(VQ_SMALL, **changes)), make(replace(KL_SMALL, **changes)), torch.rand(2, 3, 32, 32) * 2 - 1
+    assert vq.stride == kl.stride
+    h = 32 // vq.stride
+    codes = vq.encode(images)
+    assert codes.shape == (2, h * h) and codes.dtype == torch.int64 and not codes.is_floating_point()
+    moments = kl.encode(images)
+    assert moments.shape == (2, 8, h, h)
+    latents = kl.sample(moments, generator=torch.Generator().manual_seed(0))
+    assert latents.shape == (2, h * h, 4)
+    for out in (vq.decode(codes), kl.decode(latents), vq.loss(images)[1], kl.loss(images)[1]):
+        assert out.shape == images.shape and out.isfinite().all()
+    assert not (vq.decode(codes).requires_grad or kl.decode(latents).requires_grad or moments.requires_grad)
+
+
+@pytest.mark.parametrize("attention", [(True, False), (True, True), (False, False)])
+def test_kl_attention_is_optional(attention):
+    encoder, decoder = attention
+    kl = make(replace(KL_SMALL, encoder_attention=encoder, decoder_attention=decoder))
+    assert [bool(level.attn) for level in kl.encoder.levels] == [False, encoder]    # the lowest resolution only
+    assert [bool(level.attn) for level in kl.decoder.levels] == [decoder, False]
+    assert mean_latents(kl, torch.zeros(1, 3, 8, 8)).shape == (1, 16, 4)
+
+
+def test_meta_device():
+    for config in (VQ_SMALL, VQ_LINEAR, KL_SMALL, KL_LINEAR):
+        with torch.device("meta"):
+            model, images = make(config), torch.empty(2, 3, 32, 32)
+        with on_meta():
+            model.loss(images)[0].backward()
+            code = model.encode(images)
+            assert model.decode(code if isinstance(model, VQ) else model.sample(code)).shape == images.shape
+
+
+# ------------------------------------------------------------------------------------------- positions and scale
+
+def test_raster_order():
+    """By the linear path, whose patches are the tokens: a changed patch changes one token, and a changed token one patch."""
+    vq, kl, images = make(VQ_LINEAR), make(KL_LINEAR), toys(40)
+    fit_linear_path(vq, images, torch.Generator().manual_seed(0))
+    fit_linear_path(kl, images)
+    row, column = 1, 2
+    patch = (slice(None), slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+    one, place = images[:1].clone(), 4 * row + column
+    one[patch] = -one[patch].flip(2)
+    for before, after in ((vq.encode(images[:1])[..., None], vq.encode(one)[..., None]),
+                          (mean_latents(kl, images[:1]), mean_latents(kl, one))):
+        assert (before != after).any(-1).nonzero().tolist() == [[0, place]]
+    codes, latents = vq.encode(images[:1]), mean_latents(kl, images[:1])
+    codes[0, place], latents[0, place] = (codes[0, place] + 1) % 64, latents[0, place] + 1
+    for before, after in ((vq.decode(vq.encode(images[:1])), vq.decode(codes)),
+                          (kl.decode(mean_latents(kl, images[:1])), kl.decode(latents))):
+        change = (before - after).abs() > 1e-6
+        assert change[patch].any() and change.sum() == change[patch].sum()
+
+
+def test_scale_is_applied_once():
+    images, noise = toys(2), torch.randn(2, 4, 16, 16)
+    one, official = make(replace(KL_SMALL, scale=1.0)), make(KL_SMALL)
+    assert KLConfig().scale == 0.2325
+    moments = one.encode(images)
+    assert torch.equal(official.encode(images), moments)  # moments are unscaled
+    latents = one.sample(moments, noise)
+    torch.testing.assert_close(official.sample(moments, noise), 0.2325 * latents)
+    torch.testing.assert_close(official.decode(official.sample(moments, noise)), one.decode(latents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(official.loss(images, noise)[0], one.loss(images, noise)[0])
+
+
+def test_posterior():
+    kl, mean = make(replace(KL_SMALL, scale=1.0)), torch.randn(1, 4, 2, 2)
+    sample = lambda logvar: kl.sample(torch.cat([mean, torch.full_like(mean, logvar)], 1), torch.ones_like(mean)).mT.reshape(mean.shape)
+    torch.testing.assert_close(sample(math.log(4.0)), mean + 2)     # the second half is the log-variance
+    torch.testing.assert_close(sample(1000.0), mean + math.exp(10))  # clamped to [-30, 20]
+    assert torch.equal(sample(-1000.0), sample(-30.0))
+    moments, g = torch.zeros(1, 8, 2, 2), lambda: torch.Generator().manual_seed(0)
+    assert torch.equal(kl.sample(moments, generator=g()), kl.sample(moments, generator=g()))
+    assert not torch.equal(kl.sample(moments), kl.sample(moments))
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+def test_codes_are_nearest_and_decoded_normalised():
+    vq, images = make(VQ_SMALL), toys(2)
+    z, codes, e = vq._quantize(images)
+    book = F.normalize(vq.codebook.weight, dim=1)
+    rows = z.flatten(2).mT                                                            # [B, L, d]
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 256))
+    torch.testing.assert_close(torch.cdist(rows, book.expand(2, -1, -1)).amin(-1), (rows - book[codes]).norm(dim=-1),
+                               rtol=1e-3, atol=1e-3)
+    assert torch.equal(e.flatten(2).mT, book[codes])
+    picture = vq.decode(codes)
+    with torch.no_grad():
+        vq.codebook.weight *= torch.rand(64, 1) + 1                                   # lengths do not matter
+    torch.testing.assert_close(vq.decode(codes), picture, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vq.loss(images)[1], picture, rtol=1e-4, atol=1e-5)     # the decoder sees the code, not z
+
+
+def test_vq_loss():
+    vq, images = make(VQ_SMALL), toys(2)
+    loss, recon = vq.loss(images)
+    z, codes, e = vq._quantize(images)
+    torch.testing.assert_close(loss, F.mse_loss(recon, images) + 1.25 * F.mse_loss(z, e))
+    assert vq.usage.sum() == 512 and torch.equal(vq.usage.nonzero().flatten(), codes.unique())
+    assert "usage" not in vq.state_dict()
+    straight, = torch.autograd.grad(F.mse_loss(recon, images), vq.quant_conv.weight, retain_graph=True)
+    assert straight.abs().max() > 0  # the reconstruction teaches the encoder through the quantiser
+    assert torch.autograd.grad(F.mse_loss(recon, images), vq.codebook.weight, retain_graph=True, allow_unused=True) == (None,)
+    book, = torch.autograd.grad(loss, vq.codebook.weight)
+    assert torch.equal(book.any(1).nonzero().flatten(), codes.unique())
+
+
+def test_kl_loss():
+    kl, images, noise = make(KL_SMALL), toys(2), torch.randn(2, 4, 16, 16)
+    loss, recon = kl.loss(images, noise)
+    mean, logvar = kl.encode(images).chunk(2, 1)
+    divergence = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
+    pixels = (recon - images).abs().mean() + (recon - images).pow(2).mean()
+    torch.testing.assert_close(recon, kl.decode(kl.sample(kl.encode(images), noise)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((loss - pixels) * 1e6, divergence, rtol=0.05, atol=1.0)  # 1e-6 of it, so few digits are left
+
+
+@pytest.mark.parametrize("config", [VQ_SMALL, KL_SMALL])
+def test_overfits_two_images(config):
+    model, images = make(config), toys(2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.loss(images)[0]
+        loss.backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0] and silent == []
+
+
+# ----------------------------------------------------------------------------------------------------- linear path
+
+@pytest.mark.parametrize("config, least", [(VQ_LINEAR, 15), (KL_LINEAR, 20)])
+def test_linear_path_is_a_codec_at_once(config, least):
+    model, images = make(config), toys(60)
+    code = model.encode if isinstance(model, VQ) else lambda x: mean_latents(model, x)
+    before = psnr(model.decode(code(images)), images)
+    fit_linear_path(model, images, torch.Generator().manual_seed(0))
+    after = psnr(model.decode(code(images)), images)
+    flat = psnr(images.mean((2, 3), keepdim=True).expand_as(images), images)
+    assert after > max(before, flat, least) + 1
+    if isinstance(model, VQ):
+        assert len(code(images).unique()) > 32
+
+
+def test_restart_moves_dead_codes_only():
+    vq, images = make(VQ_SMALL), toys(4)
+    vq.loss(images)
+    used, before = vq.usage > 0, vq.codebook.weight.detach().clone()
+    assert 0 < used.sum() < 64
+    assert vq.restart_dead_codes(images, torch.Generator().manual_seed(0)) == (~used).sum()
+    moved = (vq.codebook.weight != before).any(1)
+    assert torch.equal(moved, ~used) and not vq.usage.any()
+    z = vq._quantize(images)[0].flatten(2).mT.flatten(0, 1)
+    nearest = (F.normalize(vq.codebook.weight[moved], dim=1) @ z.T).amax(1)
+    torch.testing.assert_close(nearest, torch.ones_like(nearest))  # onto vectors that the encoder makes
+    vq.usage.zero_()
+    assert vq.restart_dead_codes(images[:1, :, :8, :8], torch.Generator().manual_seed(0)) == 16  # no more than there are
