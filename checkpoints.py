@@ -2,6 +2,7 @@
 
     save(path, kind, config, state, **meta)      writes one of ours
     load(path, kind, ema=True) -> config, state  reads ours or an official one; state fits our module of that config
+    load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode, with `about`: its meta
     read(path) -> dict                           the raw content of a file, safely
 
 A run directory holds {vq,kl,prior,generator}.pt. Any of the four may be an official file under that name:
@@ -11,12 +12,13 @@ A run directory holds {vq,kl,prior,generator}.pt. Any of the four may be an offi
     prior      LlamaGen c2i_{B,L,XL,XXL}: {"model"}, {"module"}, {"state_dict"} or bare
     generator  MAR checkpoint-last.pth, with {"model", "model_ema", "args": Namespace}
 
-The layout is recognised from the keys and the sizes from the shapes, never from the file's name. Nothing is unpickled but
-tensors, plain containers and argparse.Namespace. As a script it copies a run in half precision, for shipping:
+The layout is recognised from the keys and the sizes from the shapes, never from the file's name. Nothing is unpickled
+but tensors, plain containers and argparse.Namespace. As a script it copies a run in half precision, for shipping:
 
     python checkpoints.py runs/tiny weights/tiny
 """
 import argparse
+import csv
 import hashlib
 import os
 import pickle
@@ -25,13 +27,14 @@ from dataclasses import asdict, fields
 
 import torch
 
-from generator import GeneratorConfig
-from prior import PriorConfig
-from runtime import UserError, run_script
-from tokenizers import KLConfig, VQConfig
+from generator import Generator, GeneratorConfig
+from prior import Prior, PriorConfig
+from runtime import UserError, print0, run_script
+from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
 CONFIGS = {"vq": VQConfig, "kl": KLConfig, "prior": PriorConfig, "generator": GeneratorConfig}
+MODULES = {"vq": VQ, "kl": KL, "prior": Prior, "generator": Generator}
 
 
 # ------------------------------------------------------------------------------------------------------- own files
@@ -65,7 +68,8 @@ def write(path: str, content: dict):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder.") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -85,10 +89,10 @@ def read(path: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise UserError(f"{path} holds more than tensors and plain values, which could run code, and is refused.") from None
+        if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL")):
+            raise UserError(f"{path} holds more than tensors and plain values, which could run code.") from None
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError, OSError):
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
@@ -109,6 +113,20 @@ def load(path: str, kind: str, ema: bool = True):
     return parse(path, kind, read(path), ema)
 
 
+def load_model(path: str, kind: str, device="cpu"):
+    """-> our module with the weights of `path`, frozen, in eval mode; `about` holds what else our files say."""
+    content = read(path)
+    config, state = parse(path, kind, content)
+    model = MODULES[kind](config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold a whole {kind}: {str(error).splitlines()[1].strip()}") from None
+    own = content if "format" in content else {}
+    model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
+    return model.eval().requires_grad_(False).to(device)
+
+
 def parse(path: str, kind: str, content: dict, ema: bool = True):
     """`load` of a file that `read` has read."""
     if "format" in content:
@@ -126,19 +144,31 @@ def make_config(path, kind, values: dict):
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def read_classes(path: str) -> dict | None:
+    """A classes.tsv -> {folder: [id, name]} in the file's order, or None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            return {r["folder"]: [int(r["id"]), r["name"]] for r in csv.DictReader(f, delimiter="\t")}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
+
+
 # ---------------------------------------------------------------------------------------------- official layouts
 
 def unpack(path, content: dict, names: tuple) -> dict:
     """The state dict inside an official container: the first of `names` that is there, else the file itself; fp32."""
     state = next((content[n] for n in names if isinstance(content.get(n), dict)), content)
-    state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    plain = lambda key: key.removeprefix("module.").removeprefix("_orig_mod.")
+    state = {plain(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not state:
         raise UserError(f"{path} holds no weights that this code recognises.")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def rename(path, state: dict, rules: list, drop: str = r"$^") -> dict:
-    """Renames tensors by the first rule that matches; `drop` tells which to leave out by their beginning; others are an error.
+    """Renames tensors by the first rule that matches; `drop` matches what to leave out; all else is an error.
 
     A rule is written without the final .weight or .bias, which stay.
     """
@@ -185,30 +215,34 @@ def autoencoder_sizes(state: dict) -> dict:
     ch = len(state["encoder.conv_in.weight"])
     levels = range(count(state, r"encoder\.levels\.(\d+)"))
     return dict(ch=ch, ch_mult=tuple(len(state[f"encoder.levels.{i}.blocks.0.conv1.weight"]) // ch for i in levels),
-                z_channels=state["decoder.conv_in.weight"].shape[1], blocks=count(state, r"encoder\.levels\.0\.blocks\.(\d+)"))
+                z_channels=state["decoder.conv_in.weight"].shape[1],
+                blocks=count(state, r"encoder\.levels\.0\.blocks\.(\d+)"))
 
 
 def load_vq(path, content, ema):
     state = unpack(path, content, ("ema", "model") if ema else ("model",))
     need(path, "VQ", state, "quantize.embedding.weight", "encoder.conv_in.weight", "decoder.conv_in.weight")
-    state = substitute(state, [(r"\.conv_blocks\.", ".levels."), (r"\.res\.", ".blocks."), (r"\.(down|up)sample\.", ".resample.")])
-    state = rename(path, state, AUTOENCODER + [(r"quantize\.embedding", "codebook")], drop=r"quantize\.codebook_used|loss\.")
+    state = substitute(state, [
+        (r"\.conv_blocks\.", ".levels."), (r"\.res\.", ".blocks."), (r"\.(down|up)sample\.", ".resample.")])
+    rules = AUTOENCODER + [(r"quantize\.embedding", "codebook")]
+    state = rename(path, state, rules, drop=r"quantize\.codebook_used|loss\.")
     K, d = state["codebook.weight"].shape
     return VQConfig(**autoencoder_sizes(state), codebook_size=K, codebook_dim=d), state
 
 
 def load_kl(path, content, ema):
     state = unpack(path, content, ("model", "state_dict"))
-    need(path, "KL", state, "encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight", "encoder.down.0.block.0.conv1.weight")
+    need(path, "KL", state, "encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight",
+         "encoder.down.0.block.0.conv1.weight")
     top = count(state, r"decoder\.up\.(\d+)") - 1
     state = substitute(state, [
         (r"^encoder\.down\.", "encoder.levels."), (r"\.block\.", ".blocks."), (r"\.(down|up)sample\.", ".resample."),
-        (r"^decoder\.up\.(\d+)", lambda m: f"decoder.levels.{top - int(m[1])}"),  # theirs count from the highest resolution
+        (r"^decoder\.up\.(\d+)", lambda m: f"decoder.levels.{top - int(m[1])}"),  # theirs count from the top
         (r"\.mid\.block_1", ".mid.0"), (r"\.mid\.attn_1", ".mid.1"), (r"\.mid\.block_2", ".mid.2")])
-    state = rename(path, state, AUTOENCODER, drop=r"loss\.|foundation_model\.|linear_proj\.|model_ema\.")
+    state = rename(path, state, AUTOENCODER, drop=r"loss\.|foundation_model\.|linear_proj\.")
     attention = {"encoder_attention": f"encoder.levels.{top}.attn.0.q.weight" in state,
                  "decoder_attention": "decoder.levels.0.attn.0.q.weight" in state}
-    # 0.2325 is what MAR measured on its own file, which no attention in the decoder gives away. Others: data.py measures.
+    # 0.2325 is MAR's measurement on its own file, known by its decoder without attention; 1 means not measured.
     scale = KLConfig.scale if not attention["decoder_attention"] else 1.0
     return KLConfig(**autoencoder_sizes(state), **attention, scale=scale), state
 
@@ -223,14 +257,16 @@ def load_prior(path, content, ema):
         (r"layers\.(\d+)\.(attention_norm|ffn_norm)", r"blocks.\1.\2"), ("(norm|output)", r"\1")], drop="freqs_cis")
     vocab, dim = state["code_embedding.weight"].shape
     layers = count(state, r"blocks\.(\d+)")
-    # No tensor tells the grid, unless the table of positions was saved. Official B and L are 16x16, XL and XXL 24x24.
+    if dim == 3200:
+        raise UserError(f"{path} is LlamaGen's 3B, which is not supported; take B, L, XL or XXL.")
     if freqs is not None:
         grid = round((len(freqs) - 1) ** 0.5)
     elif hasattr(args, "image_size"):
         grid = args.image_size // getattr(args, "downsample_size", 16)
-    else:
+    else:  # no tensor tells; B and L are 16x16 at 256 pixels, XL and XXL 24x24
         grid = 24 if layers in (36, 48) else 16
-    heads = max(1, dim // 64)
+        print0(f"note: {path} does not say its grid; taken for {grid}x{grid}")
+    heads = max(1, dim // 64)  # 64 channels a head, in all of LlamaGen's sizes but 3B
     return PriorConfig(dim, layers, heads, vocab, grid, len(state["class_embedding.weight"]) - 1), state
 
 
@@ -241,7 +277,8 @@ def load_generator(path, content, ema):
     state = rename(path, state, [
         ("class_emb", "class_embedding"), ("fake_latent", "fake_class"), ("mask_token", "mask_token"),
         (f"{SIDE}_pos_embed_learned", r"\1_positions"), ("diffusion_pos_embed_learned", "output_positions"),
-        ("z_proj", "latent_in"), ("z_proj_ln", "encoder_in_norm"), ("decoder_embed", "decoder_in"), (f"{SIDE}_norm", r"\1_norm"),
+        ("z_proj", "latent_in"), ("z_proj_ln", "encoder_in_norm"), ("decoder_embed", "decoder_in"),
+        (f"{SIDE}_norm", r"\1_norm"),
         (SIDE + r"_blocks\.(\d+)\.(norm[12])", r"\1_blocks.\2.\3"),
         (SIDE + r"_blocks\.(\d+)\.(?:attn|mlp)\.(qkv|proj|fc1|fc2)", r"\1_blocks.\2.\3"),
         (r"diffloss\.net\.time_embed\.mlp\.([02])", r"head.net.time.\1"),
@@ -253,11 +290,13 @@ def load_generator(path, content, ema):
         (r"diffloss\.net\.final_layer\.adaLN_modulation\.1", "head.net.output_modulation")])
     classes, dim = state["class_embedding.weight"].shape
     L = state["output_positions"].shape[1]
-    head_width = len(state["head.net.cond.weight"])
     return GeneratorConfig(
-        fusion="none", dim=dim, depth=count(state, r"encoder_blocks\.(\d+)"), heads={1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),
-        prefix=state["encoder_positions"].shape[1] - L, token_dim=state["latent_in.weight"].shape[1], grid=round(L**0.5),
-        classes=classes, head_depth=count(state, r"head\.net\.blocks\.(\d+)"), head_width=head_width), state
+        fusion="none", dim=dim, depth=count(state, r"encoder_blocks\.(\d+)"),
+        heads={768: 12, 1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),  # no tensor tells; these are MAR's
+        prefix=state["encoder_positions"].shape[1] - L, grid=round(L**0.5),
+        token_dim=state["latent_in.weight"].shape[1],
+        classes=classes, head_depth=count(state, r"head\.net\.blocks\.(\d+)"),
+        head_width=len(state["head.net.cond.weight"])), state
 
 
 LAYOUTS = {"vq": load_vq, "kl": load_kl, "prior": load_prior, "generator": load_generator}
@@ -276,6 +315,9 @@ def main():
             raise UserError(f"{path} is an official file; copy it as it is.")
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
         content.pop("checksum")
+        if "tokenizers" in content:  # whose weights have just been rounded
+            rounded = {k: load(os.path.join(args.target, f"{k}.pt"), k)[1] for k in ("vq", "kl")}
+            content["tokenizers"] = {k: checksum(state) for k, state in rounded.items()}
         write(os.path.join(args.target, f"{kind}.pt"), content)
         print(f"{args.target}/{kind}.pt  {os.path.getsize(os.path.join(args.target, f'{kind}.pt')) / 1e6:.1f} MB")
 

@@ -4,24 +4,25 @@
     python data.py --toy 4000 --out DIR                   write toy pictures as an image folder, 10 classes of 64x64
     torchrun --nproc_per_node=8 data.py --images ...      the same over 8 GPUs; run again after a stop, it goes on
 
-An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and names;
-without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.
+An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and
+names; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.
 
-A cache is a folder of memory-mapped arrays over N images, each in two views (as it is, mirrored); codes and moments of one
-entry always come from the same view:
+A cache is a folder of memory-mapped arrays over N images, each in two views (as it is, mirrored); codes and moments
+of one entry always come from the same view:
 
     codes.npy    [N, 2, L]        uint16    labels.npy  [N] int32, -1 where the image could not be read
     moments.npy  [N, 2, 2C, h, w] float16   header.json what it was made from and with, checked by `Cache`
 
-Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which images step k of a run sees, from the seed alone.
+Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which images step k of a run sees, from the
+seed alone.
 """
 import argparse
-import csv
 import hashlib
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from math import pi
 
 import numpy as np
@@ -31,7 +32,6 @@ from tqdm import tqdm
 
 import checkpoints
 from runtime import UserError, barrier, print0, run_script, setup
-from tokenizers import KL, VQ
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 CHUNK = 64  # images tokenised and recorded as done together
@@ -40,7 +40,7 @@ CHUNK = 64  # images tokenised and recorded as done together
 # ----------------------------------------------------------------------------------------------------------- images
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (2105.05233): halve with BOX while twice too large, BICUBIC until the short side fits, cut the centre."""
+    """ADM's crop (2105.05233): halve with BOX while twice too large, BICUBIC to the short side, cut the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -74,10 +74,10 @@ def find_images(root: str):
         raise UserError(f"{root} is not a folder; give a folder with one folder of images per class.")
     folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
     if folders and set(folders) <= {"train", "val", "valid", "test"}:
-        raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one of them, e.g. {os.path.join(root, folders[0])}.")
-    classes = read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
+        raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one, e.g. {root}/{folders[0]}.")
+    classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
     if unknown := set(folders) - set(classes):
-        raise UserError(f"{root}/classes.tsv has no line for the folder {sorted(unknown)[0]}; add one or remove the file.")
+        raise UserError(f"{root}/classes.tsv has no line for the folder {min(unknown)}; add one or remove the file.")
     paths, labels = [], []
     for label, folder in enumerate(f for f in classes if f in folders):
         files = sorted(f for f in os.listdir(os.path.join(root, folder)) if f.lower().endswith(EXTENSIONS))
@@ -88,37 +88,24 @@ def find_images(root: str):
     return paths, labels, [v for f, v in classes.items() if f in folders]
 
 
-def read_classes(path: str) -> dict | None:
-    """classes.tsv -> {folder: [id, name]} in the file's order, or None if there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
-    try:
-        return {r["folder"]: [int(r["id"]), r["name"]] for r in rows}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
-
-
 # ------------------------------------------------------------------------------------------- which images, and when
 
 class Order:
-    """Sample number -> (image, view). Every epoch is a new permutation, every image shows one of its two views at random."""
+    """Sample number -> (image, view). Every epoch is a new permutation, and each image shows one view at random."""
 
     def __init__(self, images: np.ndarray, seed: int):
-        self.images, self.seed, self.epoch = images, seed, None
+        self.images, self.seed = images, seed
+        self.epoch = lru_cache(2)(self.epoch)  # the thread that loads ahead may be in the next one
+
+    def epoch(self, number):
+        random = np.random.default_rng((self.seed, number))
+        return random.permutation(self.images), random.integers(2, size=len(self.images))
 
     def __call__(self, numbers):
         """Sample numbers, counted from the start of training -> arrays of images and of views (0 or 1)."""
-        image, view = zip(*(self._one(n) for n in numbers))
+        places = [divmod(n, len(self.images)) for n in numbers]
+        image, view = zip(*((self.epoch(e)[0][i], self.epoch(e)[1][i]) for e, i in places))
         return np.array(image), np.array(view)
-
-    def _one(self, number):
-        epoch, place = divmod(number, len(self.images))
-        if epoch != self.epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.permutation, self.flips = epoch, random.permutation(self.images), random.integers(2, size=len(self.images))
-        return self.permutation[place], self.flips[place]
 
 
 class Folder:
@@ -128,6 +115,7 @@ class Folder:
         self.root, self.size = root, size
         self.paths, self.labels, self.classes = find_images(root)
         self.order, self.threads = Order(np.arange(len(self.paths)), seed), ThreadPoolExecutor(4)
+        self.identity = text_hash(self.paths)
 
     def __len__(self):
         return len(self.paths)
@@ -150,11 +138,11 @@ class Cache:
         self.path, self.header = path, read_header(path)
         h = self.header
         if not h["complete"]:
-            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it goes on where it stopped.")
+            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it goes on.")
         self.classes, self.scale = h["classes"], h["scale"]
         self.arrays = open_arrays(path, h, "r")
         readable = np.flatnonzero(self.arrays["labels"] >= 0)
-        self.order, self.size = Order(readable, seed), len(readable)
+        self.order, self.size, self.identity = Order(readable, seed), len(readable), h["checksum"]
 
     def __len__(self):
         return self.size
@@ -193,7 +181,8 @@ def read_header(path: str) -> dict:
             raise UserError(f"{path}/header.json was changed; make the cache again with data.py.")
         return header
     except FileNotFoundError:
-        raise UserError(f"{path} is not a token cache; make one: python data.py --images DIR --run RUN --out {path}") from None
+        command = f"python data.py --images DIR --run RUN --out {path}"
+        raise UserError(f"{path} is not a token cache; make one: {command}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path}/header.json is damaged; make the cache again with data.py.") from None
 
@@ -220,28 +209,30 @@ def open_arrays(path: str, h: dict, mode: str) -> dict:
         try:
             arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
         except (OSError, ValueError):
-            raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again with data.py.") from None
+            raise UserError(f"{file} is missing or damaged; remove {path} and make it again with data.py.") from None
         if arrays[name].shape != shape or arrays[name].dtype != dtype:
-            raise UserError(f"{file} does not fit its header; remove {path} and make the cache again with data.py.")
+            raise UserError(f"{file} does not fit its header; remove {path} and make it again with data.py.")
     return arrays
 
 
-def tokenise(images: str, run: str, out: str, world, size: int | None = None):
+def tokenise(images: str, run: str, out: str, world, size: int | None = None, dry_run=False):
     """Writes the cache `out` of the image folder with RUN/vq.pt and RUN/kl.pt. Each rank takes every size-th chunk."""
-    models = {}
-    for kind, module in (("vq", VQ), ("kl", KL)):
-        config, state = checkpoints.load(os.path.join(run, f"{kind}.pt"), kind)
-        models[kind] = module(config)
-        models[kind].load_state_dict(state)
-        models[kind].eval().to(world.device)
-    vq, kl = models["vq"], models["kl"]
-    size = size or checkpoints.read(os.path.join(run, "kl.pt")).get("image_size", 256)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) != world.size:
+        raise UserError("tokenise on one node: two nodes would write the same pages of the cache.")
+    vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
+    if vq.cfg.codebook_size > 2**16:
+        raise UserError(f"{run}/vq.pt has {vq.cfg.codebook_size} codes; a cache holds at most 65,536.")
+    size = size or kl.about.get("image_size", 256)
     if size % vq.stride or size % kl.stride or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     header = {"format": 1, "images": len(paths), "grid": size // kl.stride, "channels": kl.cfg.z_channels, "size": size,
               "codebook": vq.cfg.codebook_size, "classes": classes, "files": text_hash(paths),
               "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
+    print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, two views of "
+           f"{header['grid'] ** 2} tokens each")
+    if dry_run:
+        return
     if world.rank == 0:
         begin(out, header, labels)
     barrier()
@@ -249,7 +240,8 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None):
     arrays = open_arrays(out, header, "r+")
     chunks = [c for c in range(world.rank, len(arrays["done"]), world.size) if not arrays["done"][c]]
     threads = ThreadPoolExecutor(4)
-    load = lambda c: list(threads.map(lambda p: read_image(os.path.join(images, p), size), paths[c * CHUNK:(c + 1) * CHUNK]))
+    read = lambda path: read_image(os.path.join(images, path), size)
+    load = lambda c: list(threads.map(read, paths[c * CHUNK:(c + 1) * CHUNK]))
     bar = tqdm(total=len(chunks) * CHUNK, unit=" images", desc="tokenise", disable=world.rank > 0)
     for c, pixels in zip(chunks, ahead(load, chunks)):
         good = [i for i, p in enumerate(pixels) if p is not None]
@@ -271,6 +263,13 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None):
     barrier()
 
 
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another --out.") from None
+
+
 def begin(out, header, labels):
     """Creates the arrays, or checks that those already there belong to the same images and tokenizers."""
     if os.path.exists(os.path.join(out, "header.json")):
@@ -278,7 +277,7 @@ def begin(out, header, labels):
         if any(there.get(k) != v for k, v in header.items()):
             raise UserError(f"{out} holds a cache of other images or tokenizers; choose another --out or remove it.")
         return
-    os.makedirs(out, exist_ok=True)
+    make_folder(out)
     open_arrays(out, header, "w+")["labels"][:] = labels
     write_header(out, {**header, "complete": False})
 
@@ -286,9 +285,12 @@ def begin(out, header, labels):
 def finish(out, header, paths, file_scale):
     """Measures the scale of the latents, 1 / std over all images and views, and completes the header."""
     arrays = open_arrays(out, header, "r")
+    if not arrays["done"].all():
+        raise UserError(f"{out} is not complete; run the same command again.")
     bad = np.flatnonzero(arrays["labels"] < 0)
     if len(bad) > 0.01 * len(paths):
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {paths[bad[0]]}; repair or remove them.")
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {paths[bad[0]]}; "
+                        f"repair or remove them, then remove {out} and run again.")
     n = total = squares = 0.0
     for i in range(0, len(paths), 1024):
         part = arrays["moments"][i:i + 1024][arrays["labels"][i:i + 1024] >= 0].astype(np.float64)
@@ -296,9 +298,12 @@ def finish(out, header, paths, file_scale):
         n, total = n + mean.size, total + mean.sum()
         squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
     scale = float((squares / n - (total / n) ** 2) ** -0.5)
+    if not np.isfinite(scale):
+        raise UserError(f"{out} holds latents that are not finite; kl.pt is damaged or was trained badly.")
     write_header(out, {**header, "complete": True, "scale": scale, "unreadable": [paths[i] for i in bad]})
-    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, latent scale {scale:.4f}")
-    if abs(scale / file_scale - 1) > 0.05:
+    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, "
+           f"latent scale {scale:.4f}")
+    if file_scale != 1.0 and abs(scale / file_scale - 1) > 0.05:
         print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
 
 
@@ -315,7 +320,8 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
     wave = np.cos(angle) * x + np.sin(angle) * y
     wave = wave if warm else 0.5 + 0.3 * np.sin(2 * pi * 6 * wave + phase)
     dark, light = random.uniform(20, 90, 3), random.uniform(110, 200, 3)
-    image = Image.fromarray((dark + (light - dark) * wave.clip(0, 1)[..., None]).astype(np.uint8)).resize((4 * size, 4 * size))
+    ground = dark + (light - dark) * wave.clip(0, 1)[..., None]
+    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))
     color = (np.array([235, 120, 40]) if warm else np.array([60, 140, 240])) + random.integers(-20, 20, 3)
     color, r = tuple(int(v) for v in color.clip(0, 255)), random.uniform(0.2, 0.34) * 4 * size
     cx, cy = random.uniform(0.38, 0.62, 2) * 4 * size
@@ -339,7 +345,7 @@ def write_toy(count: int, out: str, seed: int = 0):
     """Writes `count` toy pictures as an image folder; picture i is the same whatever the count."""
     names = [f"{'warm' if k < 5 else 'cold'} {SHAPES[k % 5]}" for k in range(10)]
     for name in names:
-        os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
+        make_folder(os.path.join(out, name.replace(" ", "_")))
     with open(os.path.join(out, "classes.tsv"), "w") as f:
         f.write("folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names)))
     for i in tqdm(range(count), unit=" images", desc="toy"):
@@ -353,8 +359,9 @@ def main():
     parser.add_argument("--run", help="run directory whose vq.pt and kl.pt are used")
     parser.add_argument("--toy", type=int, metavar="N", help="write N toy pictures instead")
     parser.add_argument("--out", required=True, help="the cache, or the folder of toy pictures")
-    parser.add_argument("--size", type=int, help="crop size in pixels (default: what kl.pt was trained at; 256 for official files)")
+    parser.add_argument("--size", type=int, help="crop in pixels (default: what kl.pt was trained at; 256 if official)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be tokenised, and stop")
     args = parser.parse_args()
     if args.toy is not None:
         if args.toy < 1:
@@ -362,7 +369,7 @@ def main():
         return write_toy(args.toy, args.out)
     if not args.images or not args.run:
         raise UserError("give --images DIR and --run RUN to tokenise, or --toy N; see --help.")
-    tokenise(args.images, args.run, args.out, setup(args.device), args.size)
+    tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.dry_run)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""The diffusion head: a small MLP that draws one continuous token x given what the generator says about it, z. D2C Eq. 2, MAR 3.2.
+"""The diffusion head: a small MLP that draws one continuous token x given what the generator says about it, z.
+
+D2C Eq. 2, MAR (2406.11838) section 3.2.
 
     DiffusionHead(cfg)
     .net(x_t [N, C], t [N], z [N, D])   -> [N, 2C]: predicted noise, then v that interpolates the log-variance
     .loss(x [N, C], z [N, D])           -> [N], one value per row
     .sample(z [N, D], z_null, cfg, ...) -> x [N, C]
 
-N rows are tokens of any images; they do not see each other. The process is improved DDPM (Nichol & Dhariwal, 2102.09672, "IDDPM"
-below): 1000 steps, cosine schedule, learned variance. generator.py calls loss in training and sample once an iteration.
+N rows are tokens of any images; they do not see each other. The process is improved DDPM (Nichol & Dhariwal,
+2102.09672, "IDDPM" below): 1000 steps, cosine schedule, learned variance. generator.py calls loss in training and
+sample once an iteration.
 
-Precision: abar at the last timestep is 2.4e-9, so the first reverse step multiplies an error of the predicted noise by 316 at
-100 steps (632 at 50). Everything here runs in fp32 with autocast off, and no fp16 comes near.
+Precision: abar at the last timestep is 2.4e-9, so the first reverse step multiplies an error of the predicted noise
+by mean_x0 * x_from_eps = 316 at 100 steps (632 at 50). Everything here runs in fp32 with autocast off, and no fp16
+comes near.
 """
 import math
 from dataclasses import dataclass
@@ -37,7 +41,7 @@ def cosine_alpha_bar(s):
 
 
 def spaced_timesteps(steps, t_max=T - 1):
-    """`steps` timesteps from 0 to t_max, evenly spaced and rounded, ascending; one step keeps only timestep 0."""
+    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. A single step keeps timestep 0, as officially."""
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
     stride = t_max / (steps - 1) if steps > 1 else 1.0
@@ -49,7 +53,7 @@ def spaced_timesteps(steps, t_max=T - 1):
 
 
 class Schedule:
-    """Coefficients of the process over the given timesteps, as lists of Python floats (float64), one entry per timestep."""
+    """Coefficients of the process over the given timesteps: lists of Python floats (float64), one per timestep."""
 
     def __init__(self, timesteps=range(T)):
         betas = [min(1 - cosine_alpha_bar((i + 1) / T) / cosine_alpha_bar(i / T), 0.999) for i in range(T)]
@@ -60,7 +64,8 @@ class Schedule:
         self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # equals betas when every timestep is kept
         # posterior q(x_{t-1} | x_t, x_0), DDPM Eq. 7
         posterior = [b * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
-        self.min_logvar = [math.log(v) for v in [posterior[min(1, len(posterior) - 1)] or 1e-20] + posterior[1:]]
+        posterior[0] = posterior[1] if len(posterior) > 1 else self.beta[0]  # it is 0, which has no logarithm
+        self.min_logvar = [math.log(v) for v in posterior]
         self.max_logvar = [math.log(b) for b in self.beta]
         self.mean_x0 = [b * math.sqrt(p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
         self.mean_xt = [math.sqrt(1 - b) * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
@@ -76,7 +81,10 @@ def modulate(x, shift, scale):
 
 
 class HeadBlock(nn.Module):
-    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN."""
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN.
+
+    As in MAR this LayerNorm has weights of its own, the one before the output has none.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -106,16 +114,20 @@ class HeadNet(nn.Module):
             nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)  # every block starts as the identity, the output as zero
 
     def embed_time(self, t):
-        """t [N] of original timesteps -> [N, width]: cosines, then sines, at frequencies 10000^(-i/128), and two layers."""
+        """t [N], original timesteps -> [N, width]: cosines, then sines, of frequencies 10000^(-i/128); two layers."""
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
         angles = t.float()[:, None] * freqs
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
-    def modulations(self, y):
-        """y [..., width] -> (one [..., 3 width] per block, [..., 2 width]). Depends on time and condition, not on x."""
+    def stacked(self):
+        """The adaLN projections of all blocks and the output as one weight and one bias: one product for depth + 1."""
         linears = [b.modulation for b in self.blocks] + [self.output_modulation]
-        stacked = F.linear(F.silu(y), torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears]))
-        return stacked.split([m.out_features for m in linears], dim=-1)
+        return torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears])
+
+    def modulations(self, y, stacked):
+        """y [N, width] -> one [N, 3 width] per block, then [N, 2 width]: a matter of time and condition, not of x."""
+        width = y.shape[-1]
+        return F.linear(F.silu(y), *stacked).split([3 * width] * len(self.blocks) + [2 * width], dim=-1)
 
     def body(self, x_t, modulations):
         x = self.input(x_t)                                                     # [N, width]
@@ -127,7 +139,7 @@ class HeadNet(nn.Module):
 
     def forward(self, x_t, t, z):
         """x_t [N, C], t [N] original timesteps 0..999, z [N, D] -> [N, 2C]."""
-        return self.body(x_t, self.modulations(self.embed_time(t) + self.cond(z)))
+        return self.body(x_t, self.modulations(self.embed_time(t) + self.cond(z), self.stacked()))
 
 
 # ------------------------------------------------------------------------------------------------ loss and sampler
@@ -137,15 +149,16 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.cfg, self.net = c, HeadNet(c)
         s = Schedule()
+        # rows in the order in which `loss` unpacks them
         columns = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
                    s.mean_x0, s.mean_xt, s.min_logvar, s.max_logvar]
         self.register_buffer("table", torch.tensor(columns, dtype=torch.float32), persistent=False)  # [8, T]
 
     def loss(self, x, z, t=None, noise=None):
-        """x [N, C] clean tokens, z [N, D] -> [N]: squared error of the noise plus the variational bound in bits, means over C.
+        """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus the variational bound in bits, means over C.
 
-        t [N] int64 and noise [N, C] are drawn when None. IDDPM's hybrid loss with weight 1: the bound trains only the
-        variance, its mean is detached.
+        t [N] int64 and noise [N, C] are drawn when None. IDDPM's hybrid loss, with its weight 0.001 * T = 1 for one
+        timestep of the sum: the bound trains only the variance, as eps is detached in it.
         """
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
@@ -153,13 +166,14 @@ class DiffusionHead(nn.Module):
                 t = torch.randint(T, (len(x),), device=x.device)
             if noise is None:
                 noise = torch.randn_like(x)
-            signal, sigma, from_xt, from_eps, mean_x0, mean_xt, low, high = (c[:, None] for c in self.table[:, t])  # each [N, 1]
+            signal, sigma, from_xt, from_eps, mean_x0, mean_xt, low, high = self.table[:, t, None]  # each [N, 1]
             x_t = signal * x + sigma * noise                                    # DDPM Eq. 4
             eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [N, C]
             f = (v + 1) / 2
-            logvar = f * high + (1 - f) * low                                   # IDDPM Eq. 15
+            logvar = f * high + (1 - f) * low                                   # IDDPM Eq. 15; v is not clamped
             mean = mean_x0 * (from_xt * x_t - from_eps * eps.detach()) + mean_xt * x_t
             true_mean = mean_x0 * x + mean_xt * x_t
+            # KL from the posterior, N(true_mean, exp(low)), to the model, N(mean, exp(logvar))
             kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
             nll = -discretized_log_likelihood(x, mean, 0.5 * logvar)            # replaces the KL at t = 0
             bound = torch.where(t[:, None] == 0, nll, kl).mean(-1) / math.log(2)
@@ -169,9 +183,11 @@ class DiffusionHead(nn.Module):
     def sample(self, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1):
         """z [N, D] -> x [N, C] by `steps` reverse steps (DDPM Algorithm 2 on IDDPM's respaced timesteps).
 
-        z_null [N, D] and cfg != 1: guidance, eps = null + cfg * (cond - null); the variance is the conditional branch's.
-        noise [steps+1, N, C]: x_T, then each step's noise from the noisiest on; the last is unused (none is added at t = 0).
-        temperature multiplies the steps' noise, not x_T. t_max < 999 (own) starts from a cleaner timestep.
+        z_null [N, D] and cfg != 1: guidance, eps = null + cfg * (cond - null); the variance is the conditional
+        branch's. noise [steps+1, N, C]: x_T, then each step's noise from the noisiest on; the last is unused (none is
+        added at t = 0). temperature multiplies the steps' noise, not x_T. t_max < 999, which is not in the official
+        code, takes x_T for a sample at t_max and so leaves out the steps that amplify a head's errors most; for heads
+        trained briefly.
         """
         with torch.autocast(z.device.type, enabled=False):
             N, C = len(z), self.cfg.token_dim
@@ -182,15 +198,16 @@ class DiffusionHead(nn.Module):
             # What does not depend on x is computed once: a row of the time table per step, one projection of z.
             times = self.net.embed_time(torch.tensor(s.timesteps, device=z.device))              # [S, width]
             cond = self.net.cond((torch.cat([z, z_null]) if guided else z).float())              # [N or 2N, width]
+            stacked = self.net.stacked()
             x = noise[0]
             for k, i in enumerate(reversed(range(steps))):
                 both = torch.cat([x, x]) if guided else x  # both branches see the same x
-                out = self.net.body(both, self.net.modulations(times[i] + cond))
+                out = self.net.body(both, self.net.modulations(times[i] + cond, stacked))
                 eps, v = out[:N].chunk(2, dim=-1)
                 if guided:
                     null = out[N:, :C]
                     eps = null + cfg * (eps - null)
-                x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps
+                x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps  # not clipped: latents have no fixed range
                 x = s.mean_x0[i] * x0 + s.mean_xt[i] * x
                 if i > 0:
                     f = (v + 1) / 2

@@ -6,15 +6,16 @@ A Condition answers the three questions that the generator asks, whatever the fu
 
     prefix   [B, P, D]          what stands in front of the latents, in encoder and decoder
     context  [B, L, D] or None  what every block's cross-attention reads
-    masked   [B, L, D] or None  what a masked position carries instead of the shared mask token
+    masked   [B, L, D] or None  what a masked position carries instead of the shared mask token (no fusion here, so far)
 
     none             MAR: P copies of the class token                                       (2406.11838)
     qformer          Q query tokens that have read all codes, then P - Q class tokens        (D2C)
     cross_attention  P class tokens; each block attends to the embedded codes                (D2C)
 
-Codes are embedded by the frozen table of the prior, plus a learned position (own: the paper gives none, and without one
-attention would see a bag of codes), and projected to the generator's width: h_q = Linear(Embed(q)), Eq. 4. Where the class is
-null, so are the codes: a learned fake vector stands for each. generator.py calls this once a forward, once an image when sampling.
+Codes are embedded by the frozen table of the prior, plus a learned position (not in the paper, but without one
+attention would see a bag of codes), and projected to the generator's width: h_q = Linear(Embed(q)), Eq. 4. Where the
+class is null, so are the codes: one learned vector stands for all. generator.py calls this once a forward, once an
+image when sampling.
 """
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Condition(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- attention
 
 class Attention(nn.Module):
-    """Multi-head attention of rows x [B, T, D] over rows y [B, U, D]; no mask, biases everywhere."""
+    """Multi-head attention of rows x [B, T, D] over rows y [B, U, D], given as keys_values(y); no mask, all biases."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -52,7 +53,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x + Attention(LayerNorm(x), h_q): stands in every generator block between self-attention and MLP. D2C Eq. 5."""
+    """x + Attention(LayerNorm(x), h_q): stands in every generator block between self-attention and MLP. D2C Eq. 5.
+
+    The generator calls attention.keys_values(h_q) once per image. LayerNorm's eps is that of the generator's blocks.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -83,7 +87,10 @@ class MapperLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """h_q [B, L, D] -> queries [B, Q, D]. GILL's mapper (2305.17216): encoder-decoder Transformer with learned queries. D2C Eq. 6."""
+    """h_q [B, L, D] -> queries [B, Q, D]. D2C Eq. 6. GILL's mapper (2305.17216): encoder-decoder, learned queries.
+
+    LayerNorm (eps 1e-5) and queries (normal(1)) follow GILL.
+    """
 
     def __init__(self, dim, queries, width, layers, heads):
         super().__init__()
@@ -113,8 +120,8 @@ class Fusion(nn.Module):
         super().__init__()
         self.slots = c.prefix
 
-    def cross_attention(self):
-        """The module that a generator block puts between self-attention and MLP; None for most fusions."""
+    def make_cross_attention(self):
+        """A new module for one generator block, between self-attention and MLP; None for most fusions."""
         return None
 
     def forward(self, codes, class_token, is_null):
@@ -126,13 +133,21 @@ class CodeFusion(Fusion):
 
     def __init__(self, c):
         super().__init__(c)
-        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # the prior's; train.py copies it in
+        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # frozen; the prior's, or random without a prior
         self.embedding.weight.requires_grad_(False)
         self.fake_code = nn.Parameter(torch.empty(c.code_dim))
         self.positions = nn.Parameter(torch.empty(1, c.grid**2, c.code_dim))
         self.project = nn.Linear(c.code_dim, c.dim)
         for p in (self.embedding.weight, self.fake_code, self.positions):
-            nn.init.normal_(p, std=0.02)
+            nn.init.normal_(p)
+
+    def copy_table(self, table):
+        """Takes the prior's table [K, code_dim], scaled to unit variance.
+
+        As it comes its entries are some hundredths, and so would be keys and values: attention then starts out
+        uniform over the codes and takes thousands of steps to find the one at its own position.
+        """
+        self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
         if codes is None:
@@ -159,7 +174,7 @@ class CrossAttentionFusion(CodeFusion):
         super().__init__(c)
         self.dim, self.heads = c.dim, c.heads
 
-    def cross_attention(self):
+    def make_cross_attention(self):
         return CrossAttention(self.dim, self.heads)
 
     def forward(self, codes, class_token, is_null):

@@ -1,28 +1,33 @@
-"""The continuous generator: a masked autoencoder over latents, with a diffusion head for each token. D2C section 4.2, on MAR (2406.11838).
+"""The continuous generator: a masked autoencoder over latents, with a diffusion head for each token.
 
-    p(latents | class, codes): hide a random part of the tokens, look at the rest and at the condition, and say for each hidden
-    position what the diffusion head needs to draw it (z). Sampling starts with everything hidden and draws a few positions an iteration.
+D2C section 4.2, on MAR (2406.11838).
+
+    p(latents | class, codes): hide a random part of the tokens, look at the rest and at the condition, and say for
+    each hidden position what the diffusion head needs to draw it (z). Sampling starts with everything hidden and
+    draws a few positions an iteration.
 
     Generator(cfg)
     .loss(latents [B, L, C], classes [B], codes [B, L])  -> scalar
     .generate(classes [B], codes [B, L])                 -> latents [B, L, C]
 
     sequence, encoder:  [ prefix P | visible latents V ]
-              decoder:  [ prefix P | visible latents V | masked positions M ],  V + M = L
+              decoder:  [ prefix P | visible latents V | masked positions L - V ]
 
-The transformer knows positions only from the tables added to its rows, so rows may stand in any order. Both uses below put
-the visible ones first and the masked ones behind: everything is then a slice. fusion.py decides what the prefix is and what
-else the blocks see. classes == cfg.classes is the null class of guidance; it implies the fake codes.
+The transformer knows positions only from the tables added to its rows, so rows may stand in any order. Both uses
+below put the visible ones first and the masked ones behind: everything is then a slice. fusion.py decides what the
+prefix is and what else the blocks see. classes == cfg.classes is the null class of guidance; the fusion then puts a
+learned vector in the place of every code. train.py makes a tenth of the images null, class and codes together.
 """
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from diffloss import T, DiffusionHead, HeadConfig
-from fusion import Condition, make_fusion
+from fusion import make_fusion
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # P, slots in front of the latents
+    prefix: int = 64           # P, slots in front of the latents; Q-Former's queries take the place of some
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid
     classes: int = 1000
@@ -39,6 +44,7 @@ class GeneratorConfig:
     head_width: int = 1024
     batch_mul: int = 4         # draws of (t, noise) per token and training step
     dropout: float = 0.1
+    class_drop: float = 0.1    # share of training images whose class and codes become null, together
     vocab: int = 16384         # K and width of the prior's code table
     code_dim: int = 768
     queries: int = 16          # Q, and the size of the Q-Former
@@ -61,8 +67,9 @@ class Block(nn.Module):
     def forward(self, x, keys_values=None, rows=slice(None)):
         """x [B, T, D] -> [B, T', D] for the T' rows that are asked for; keys and values come from all rows."""
         p = self.dropout if self.training else 0.0
-        B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # each [B, H, T, D/H]
+        B, rows_in, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, rows_in, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # each [B, H, T, D/H]
         y = F.scaled_dot_product_attention(q[:, :, rows], k, v, dropout_p=p)
         x = x[:, rows] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p)                   # [B, T', D]
         if self.cross is not None:
@@ -78,6 +85,14 @@ def rows_at(x, where):
 
 # ----------------------------------------------------------------------------------------------------------- model
 
+class Prepared(NamedTuple):
+    """A fusion.Condition made ready for the blocks: what is computed once per image, however many iterations follow."""
+    prefix: torch.Tensor          # [B, P, D]
+    masked: torch.Tensor | None   # [B, L, D] in place of the shared mask token, for fusions that say so
+    encoder: list                 # per block: cross-attention's keys and values [2, B, H, L, D/H], or None
+    decoder: list
+
+
 class Generator(nn.Module):
     def __init__(self, c: GeneratorConfig):
         super().__init__()
@@ -89,7 +104,7 @@ class Generator(nn.Module):
         self.latent_in = nn.Linear(c.token_dim, c.dim)
         self.encoder_positions = nn.Parameter(torch.empty(1, P + L, c.dim))
         self.encoder_in_norm = nn.LayerNorm(c.dim, eps=1e-6)
-        block = lambda: Block(c.dim, c.heads, c.dropout, self.fusion.cross_attention())
+        block = lambda: Block(c.dim, c.heads, c.dropout, self.fusion.make_cross_attention())
         self.encoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
         self.encoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.decoder_in = nn.Linear(c.dim, c.dim)
@@ -98,7 +113,7 @@ class Generator(nn.Module):
         self.decoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
         self.decoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.output_positions = nn.Parameter(torch.empty(1, L, c.dim))
-        for m in self.modules():
+        for m in self.modules():  # the fusion's too
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
         for p in (self.class_embedding.weight, self.fake_class, self.mask_token, self.encoder_positions,
@@ -106,14 +121,13 @@ class Generator(nn.Module):
             nn.init.normal_(p, std=0.02)
         self.head = DiffusionHead(HeadConfig(c.token_dim, c.dim, c.head_depth, c.head_width))  # initialises itself
 
-    def condition(self, classes, codes) -> Condition:
-        """classes [B] and codes [B, L] through the fusion, with `context` already turned into keys and values per block."""
+    def condition(self, classes, codes) -> Prepared:
+        """classes [B], codes [B, L] or None -> what the fusion makes of them."""
         is_null = classes == self.cfg.classes                                                    # [B]
         token = self.class_embedding(classes.masked_fill(is_null, 0))
-        c = self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
-        blocks = [*self.encoder_blocks, *self.decoder_blocks]
-        read = [None if c.context is None else b.cross.attention.keys_values(c.context) for b in blocks]
-        return c._replace(context=read)
+        prefix, context, masked = self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
+        read = lambda blocks: [None if context is None else b.cross.attention.keys_values(context) for b in blocks]
+        return Prepared(prefix, masked, read(self.encoder_blocks), read(self.decoder_blocks))
 
     def run_encoder(self, latents, visible, condition):
         """latents [B, V, C] at positions visible [B, V] -> [B, P+V, D]."""
@@ -121,58 +135,64 @@ class Generator(nn.Module):
         x = self.latent_in(latents) + rows_at(self.encoder_positions[:, P:], visible)
         x = torch.cat([condition.prefix + self.encoder_positions[:, :P], x], dim=1)              # [B, P+V, D]
         x = self.encoder_in_norm(x)
-        for block, keys_values in zip(self.encoder_blocks, condition.context):
+        for block, keys_values in zip(self.encoder_blocks, condition.encoder):
             x = block(x, keys_values)
         return self.encoder_norm(x)
 
     def run_decoder(self, encoded, positions, V, rows, condition):
-        """encoded [B, P+V, D]; positions [B, L]: the V visible, then the masked -> z [B, n, D] of positions[:, rows], a slice."""
+        """encoded [B, P+V, D]; positions [B, L], the V visible first -> z [B, n, D] of positions[:, rows], a slice."""
         P = self.fusion.slots
         visible, masked = positions[:, :V], positions[:, V:]
-        mask = self.mask_token if condition.masked is None else rows_at(condition.masked, masked)
-        x = torch.cat([self.decoder_in(encoded), mask.expand(*masked.shape, -1).to(encoded.dtype)], dim=1)
+        tokens = self.mask_token if condition.masked is None else condition.masked              # [1, 1, D] or [B, L, D]
+        mask = rows_at(tokens.expand(-1, positions.shape[1], -1), masked)                        # [B, L-V, D]
+        x = torch.cat([self.decoder_in(encoded), mask], dim=1)                                   # [B, P+L, D]
         place = rows_at(self.decoder_positions[:, P:], positions)                                # [B, L, D]
-        x = x + torch.cat([self.decoder_positions[:, :P].expand(len(x), -1, -1), place], dim=1)  # [B, P+L, D]
-        context = condition.context[self.cfg.depth:]
-        for block, keys_values in zip(self.decoder_blocks[:-1], context):
+        x = x + torch.cat([self.decoder_positions[:, :P].expand(len(x), -1, -1), place], dim=1)
+        for block, keys_values in zip(self.decoder_blocks[:-1], condition.decoder[:-1]):
             x = block(x, keys_values)
-        x = self.decoder_blocks[-1](x, context[-1], slice(P + rows.start, P + rows.stop))        # only the rows that are asked for
+        asked = slice(P + rows.start, P + rows.stop)  # the last block computes no other rows
+        x = self.decoder_blocks[-1](x, condition.decoder[-1], asked)                             # [B, n, D]
         return self.decoder_norm(x) + rows_at(self.output_positions, positions[:, rows])
 
     def encode(self, latents, classes, codes, mask):
-        """latents [B, L, C], mask [B, L] (1 = hidden, equally many in each image) -> [B, P+V, D], visible in raster order."""
-        visible, V = self._visible_first(mask)
-        visible = visible[:, :V]
+        """The encoder alone, for tests: mask [B, L], 1 = hidden -> [B, P+V, D], visible latents in raster order."""
+        positions, V = self._visible_first(mask)
+        visible = positions[:, :V]
         return self.run_encoder(rows_at(latents, visible), visible, self.condition(classes, codes))
 
     def hidden(self, latents, classes, codes, mask):
-        """The same -> z [B, L, D] for every position, in raster order."""
+        """Encoder and decoder, for tests: z [B, L, D] of every position, in raster order; arguments as in `encode`."""
         positions, V = self._visible_first(mask)
-        c = self.condition(classes, codes)
-        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], c)
-        z = self.run_decoder(encoded, positions, V, slice(0, self.cfg.grid**2), c)
+        condition = self.condition(classes, codes)
+        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], condition)
+        z = self.run_decoder(encoded, positions, V, slice(0, self.cfg.grid**2), condition)
         return rows_at(z, positions.argsort(1))
 
     def _visible_first(self, mask):
-        positions = mask.argsort(dim=1, stable=True)
-        return positions, int((mask[0] == 0).sum())
+        """mask [B, L], equally many hidden per image -> positions [B, L], visible first, and the number visible."""
+        counts = (mask == 0).sum(1)
+        if (counts != counts[0]).any():
+            raise ValueError("a mask must hide equally many tokens of each image")
+        return mask.argsort(dim=1, stable=True), int(counts[0])
 
     # ------------------------------------------------------------------------------------------------------- loss
 
-    def loss(self, latents, classes, codes, mask=None, t=None, noise=None):
+    def loss(self, latents, classes, codes, mask=None, t=None, noise=None, visible=None):
         """Mean diffusion loss over hidden tokens and batch_mul = M draws of (t, noise). D2C Eq. 2.
 
-        latents [B, L, C]; mask [B, L], 1 = hidden; t [M, B, L] int64; noise [M, B, L, C]: drawn when None.
-        The head runs on hidden tokens only; same loss and gradient as computing all and masking afterwards.
+        latents [B, L, C]; mask [B, L], 1 = hidden, equally many per image; t [M, B, L] int64; noise [M, B, L, C]:
+        drawn when None, for all L positions, of which the hidden ones are used. visible: their number per image, known
+        to the caller, spares the device a question. The head runs on hidden tokens only; same loss and gradient as
+        computing all and masking afterwards.
         """
         B, L, C = latents.shape
         if mask is None:
-            order = torch.rand(B, L, device=latents.device).argsort(1)
-            mask = order < math.ceil(mask_ratio(float(torch.rand(()))) * L)
-        positions, V = self._visible_first(mask)
-        c = self.condition(classes, codes)
-        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], c)
-        z = self.run_decoder(encoded, positions, V, slice(V, L), c)                              # [B, n, D], n = L - V
+            visible = L - math.ceil(mask_ratio(float(torch.rand(()))) * L)
+            mask = torch.rand(B, L, device=latents.device).argsort(1) >= visible
+        positions, V = self._visible_first(mask) if visible is None else (mask.argsort(dim=1, stable=True), visible)
+        condition = self.condition(classes, codes)
+        encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], condition)
+        z = self.run_decoder(encoded, positions, V, slice(V, L), condition)                      # [B, n, D], n = L - V
         masked, M = positions[:, V:], self.cfg.batch_mul if t is None else len(t)
         x = rows_at(latents, masked)                                                             # [B, n, C]
         if t is None:
@@ -182,7 +202,7 @@ class Generator(nn.Module):
         draws = masked.expand(M, B, L - V).flatten(0, 1)                                         # [M*B, n]
         t = rows_at(t.flatten(0, 1)[..., None], draws).flatten()                                 # [M*B*n]
         noise = rows_at(noise.flatten(0, 1), draws).flatten(0, 1)                                # [M*B*n, C]
-        repeat = lambda a: a.expand(M, *a.shape).flatten(0, 2)                                   # [B, n, .] -> [M*B*n, .]
+        repeat = lambda a: a.expand(M, *a.shape).flatten(0, 2)                                 # [B, n, .] -> [M*B*n, .]
         return self.head.loss(repeat(x), repeat(z), t, noise).mean()
 
     # --------------------------------------------------------------------------------------------------- sampling
@@ -192,9 +212,11 @@ class Generator(nn.Module):
                  orders=None, noise=None, generator=None, t_max=T - 1, progress=None):
         """classes [B], codes [B, L] (None for fusion none) -> latents [B, L, C]. MAR section 3.3.
 
-        orders [B, L]: a permutation of the positions per image; generation walks it from its end. noise: a list, one
-        [steps+1, n, C] per iteration, rows batch-major, then raster order of the n/B positions generated. generator: a
-        torch.Generator or a list of B. progress: called after every iteration.
+        cfg: guidance, its schedule linear (growing with what is visible) or constant; 1 leaves the null branch away.
+        steps, temperature, t_max: see DiffusionHead.sample. orders [B, L]: a permutation of the positions per image,
+        walked from its end (MAR keeps its first entries masked). noise: a list, one [steps+1, B*n, C] per iteration,
+        batch-major, then raster order of the n positions drawn. generator: a torch.Generator or a list of B.
+        progress: called after every iteration. The module must be in eval mode.
         """
         c, device = self.cfg, classes.device
         B, L = len(classes), c.grid**2
@@ -203,8 +225,8 @@ class Generator(nn.Module):
         if schedule not in ("linear", "constant"):
             raise ValueError(f"guidance schedule must be linear or constant, not {schedule!r}")
         if orders is None:
-            orders = per_image(generator, B, lambda g, n: torch.rand(n, L, generator=g, device=g.device if g else device))
-            orders = orders.to(device).argsort(1)
+            draw = lambda g, b: torch.rand(b, L, generator=g, device=g.device if g else device)
+            orders = per_image(generator, B, draw).to(device).argsort(1)
         hidden = hidden_counts(L, iterations)                            # [m_0, ..., 0]: hidden after each iteration
         # Positions in the order of generation; within an iteration in raster order, which the rows of noise follow.
         # Iteration k then sees the first L - hidden[k-1] positions and draws the next ones: slices, no indexing.
@@ -213,7 +235,7 @@ class Generator(nn.Module):
         walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip(bounds, bounds[1:])], dim=1)
 
         guided = cfg != 1.0
-        if guided:  # both branches in one batch; the null one has the null class and, through it, fake codes
+        if guided:  # both branches in one batch; in the null one the fusion puts fake codes for those given
             classes = torch.cat([classes, torch.full_like(classes, c.classes)])
             codes = None if codes is None else torch.cat([codes, codes])
             walk = torch.cat([walk, walk])
@@ -222,15 +244,16 @@ class Generator(nn.Module):
         for k, (V, end) in enumerate(zip(bounds, bounds[1:])):
             encoded = self.run_encoder(latents[:, :V], walk[:, :V], condition)
             z = self.run_decoder(encoded, walk, V, slice(V, end), condition)                     # [B or 2B, n, D]
-            z = z.flatten(0, 1).float()
-            n = B * (end - V)
+            cond, null = z.flatten(0, 1).split(B * (end - V)) if guided else (z.flatten(0, 1), None)
+            # MAR counts at least 1 hidden token, so that a linear schedule ends just below cfg
             scale = 1 + (cfg - 1) * (L - max(hidden[k], 1)) / L if schedule == "linear" else cfg
             if noise is not None:
                 noise_k = noise[k]
             else:
-                draw = lambda g, b: torch.randn(steps + 1, b * (end - V), c.token_dim, generator=g, device=g.device if g else device)
+                shape = lambda b: (steps + 1, b * (end - V), c.token_dim)
+                draw = lambda g, b: torch.randn(*shape(b), generator=g, device=g.device if g else device)
                 noise_k = per_image(generator, B, draw, dim=1).to(device)
-            x = self.head.sample(z[:n], z[n:] if guided else None, scale, steps, temperature, noise_k, t_max=t_max)
+            x = self.head.sample(cond, null, scale, steps, temperature, noise_k, t_max=t_max)    # [B*n, C]
             x = x.view(B, end - V, c.token_dim)
             latents[:, V:end] = torch.cat([x, x]) if guided else x
             if progress:
@@ -239,14 +262,14 @@ class Generator(nn.Module):
 
 
 def mask_ratio(uniform):
-    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [0.7, 1], by its inverse from uniform in [0, 1)."""
+    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [0.7, 1], from uniform in [0, 1)."""
     cdf = lambda x: 0.5 * (1 + math.erf((x - 1) / (0.25 * math.sqrt(2))))
     p = cdf(0.7) + uniform * (cdf(1.0) - cdf(0.7))
     return 1 + 0.25 * math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64, device="cpu")))
 
 
 def hidden_counts(L, iterations):
-    """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left at the end."""
+    """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left."""
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))

@@ -1,8 +1,8 @@
 """Every named size and training recipe: `--preset NAME`.
 
-A Preset holds the component configs and, per stage, a Recipe. Grids, code tables and class counts that follow from other
-entries or from the data are filled in by train.py (`classes`, `vocab`, `code_dim`). Sampling is what a run's files
-recommend; sample.py's flags override it.
+A Preset holds the component configs and, per stage, a Recipe. Grids, code tables and class counts that follow from
+other entries or from the data are filled in by train.py (`classes`, `vocab`, `code_dim`). Sampling is what a run's
+files recommend; sample.py's flags override it.
 """
 from dataclasses import dataclass, replace
 
@@ -21,11 +21,12 @@ class Recipe:
     weight_decay: float = 0.02
     clip: float = 3.0           # gradient norm
     ema: float = 0.9999
+    micro: int = 64             # images per rank and pass at most; more are accumulated (memory, not results)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a run wants to be sampled. D2C 5.1; prior guidance and diffusion steps are not in the paper (LlamaGen's and MAR's)."""
+    """How a run wants to be sampled. D2C 5.1; prior guidance is LlamaGen's, diffusion steps are MAR's."""
     iterations: int = 64
     steps: int = 100
     cfg: float = 4.0
@@ -52,7 +53,8 @@ class Preset:
 
 # Sizes of D2C Table 1 and MAR Table 3; LlamaGen's tokenizer and prior. MAR's and LlamaGen's batches; D2C gives none.
 B, L = GeneratorConfig(), GeneratorConfig(dim=1024, depth=16, heads=16, head_depth=8, head_width=1280)
-TOKENIZERS, PRIOR = Recipe(128, 40, 2e-4, weight_decay=0.05, clip=1.0), Recipe(256, 300, 1e-4, weight_decay=0.05, clip=1.0)
+TOKENIZERS = Recipe(128, 40, 2e-4, weight_decay=0.05, clip=1.0)
+PRIOR = Recipe(256, 300, 1e-4, weight_decay=0.05, clip=1.0)
 D2C, MAR = Recipe(2048, 800, 5e-5, warmup=100), Recipe(2048, 800, 1e-4, warmup=100)
 OFFICIAL = Preset(256, VQConfig(), KLConfig(), PriorConfig(), B, "teacher_forced", (TOKENIZERS, PRIOR, D2C), Sampling())
 
@@ -61,8 +63,8 @@ SMALL = dict(ch=32, ch_mult=(1, 2, 2), blocks=1, unshuffle=2, linear_path=True)
 TINY = Preset(
     64, VQConfig(**SMALL, z_channels=32, codebook_size=512), KLConfig(**SMALL, z_channels=16, scale=1.0),
     PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8),
-    GeneratorConfig("cross_attention", dim=192, depth=4, heads=3, prefix=4, grid=8, head_depth=3, head_width=256, batch_mul=2,
-                    dropout=0.0, queries=4, qformer_width=192, qformer_layers=2, qformer_heads=3),
+    GeneratorConfig("cross_attention", dim=192, depth=3, heads=3, prefix=4, grid=8, head_depth=2, head_width=256,
+                    batch_mul=2, dropout=0.0, queries=2, qformer_width=192, qformer_layers=2, qformer_heads=3),
     "ground_truth",
     (Recipe(32, 30, 8e-3, warmup=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, weight_decay=0.05, clip=1.0, ema=0.998),
@@ -75,21 +77,23 @@ TOY = replace(
     vq=VQConfig(ch=32, ch_mult=(1, 1, 1), z_channels=16, codebook_size=64, blocks=1, unshuffle=2, linear_path=True),
     kl=KLConfig(ch=32, ch_mult=(1, 1, 1), z_channels=8, scale=1.0, blocks=1, unshuffle=2, linear_path=True),
     prior=PriorConfig(dim=64, layers=2, heads=2, vocab=64, grid=4, dropout=0.0),
-    generator=GeneratorConfig("cross_attention", dim=64, depth=2, heads=2, prefix=4, token_dim=8, grid=4, head_depth=2, head_width=64,
-                              dropout=0.0, queries=2, qformer_width=64, qformer_layers=1, qformer_heads=2),
+    generator=GeneratorConfig("cross_attention", dim=64, depth=2, heads=2, prefix=4, token_dim=8, grid=4, head_depth=2,
+                              head_width=64, dropout=0.0, queries=2, qformer_width=64, qformer_layers=1,
+                              qformer_heads=2),
     recipes=(Recipe(16, 20, 8e-3, ema=0.99), Recipe(16, 60, 1.6e-2, ema=0.99), Recipe(16, 120, 1.6e-2, ema=0.99)),
     sampling=Sampling(iterations=8, steps=25, cfg=1.5, t_max=950))
 
 mar = lambda p, cfg: replace(p, generator=replace(p.generator, fusion="none"), recipes=(TOKENIZERS, PRIOR, MAR),
                              sampling=Sampling(iterations=256, cfg=cfg))
 d2c_l = replace(OFFICIAL, generator=L)
+cross = replace(OFFICIAL, generator=replace(B, fusion="cross_attention"))
 PRESETS = {
-    #                  fusion           dim   depth  prior + generator   paper
-    "d2c-b":           OFFICIAL,                                                             # qformer  768  12+12  362M  Table 1
-    "d2c-b-cross":     replace(OFFICIAL, generator=replace(B, fusion="cross_attention")),    # cross    768  12+12  389M  Table 1
-    "d2c-l":           d2c_l,                                                                # qformer 1024  16+16  633M  Table 1
-    "mar-b":           mar(OFFICIAL, 2.9),                                                   # none     768  12+12  208M  MAR Table 3
-    "mar-l":           mar(d2c_l, 3.0),                                                      # none    1024  16+16  478M  MAR Table 3
-    "tiny":            TINY,                                                                 # cross    256   4+4    16M  weights/tiny
-    "toy":             TOY,
+    #                                     fusion           width  blocks  parameters
+    "d2c-b":        OFFICIAL,           # qformer            768   12+12  362M, prior included: D2C Table 1
+    "d2c-b-cross":  cross,              # cross_attention    768   12+12  389M
+    "d2c-l":        d2c_l,              # qformer           1024   16+16  633M
+    "mar-b":        mar(OFFICIAL, 2.9), # none               768   12+12  208M: MAR Table 3
+    "mar-l":        mar(d2c_l, 3.0),    # none              1024   16+16  478M
+    "tiny":         TINY,               # cross_attention    192     3+3  weights/tiny: 64x64 pixels, 8x8 tokens
+    "toy":          TOY,                # cross_attention     64     2+2  the tests: 32x32 pixels, 4x4 tokens
 }

@@ -2,13 +2,14 @@
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(cfg)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predict code i, the last has no code to predict
+    Prior(cfg)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predict code i, the last none
     .loss(codes, classes)                 -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)               -> codes [B, L]
-    .resample(codes, classes, uniform)    -> codes [B, L] drawn at every position from p(q_i | true q_<i): D2C's condition in training
+    .resample(codes, classes, uniform)    -> codes [B, L] from p(q_i | true q_<i, class): D2C's condition in training
 
-The class is one token in front of the codes; class index `cfg.classes` is the null class of guidance. Sizes and weights are
-LlamaGen's (arXiv 2406.06525): B 110,888,448 parameters. `train.py --stage 1` trains it, `sample.py` draws from it.
+The class is one token in front of the codes; class index PriorConfig.classes is the null class of guidance (whose
+strength is the argument `cfg`). Sizes and weights are LlamaGen's (arXiv 2406.06525): B 110,888,448 parameters.
+`train.py --stage 1` trains it, `sample.py` draws from it.
 """
 from dataclasses import dataclass
 
@@ -48,8 +49,8 @@ def rope_table(grid, head_dim, base=10000.0):
     """2D rotary positions: [L+1, head_dim/2, 2] cosines and sines, fp32; row 0 belongs to the class token.
 
     The first half of a head's channel pairs turns with the row of the position, the second half with the column.
-    Trap: row 0 is *zero*, where an angle of 0 would have cosine 1. The class token's query and key therefore vanish, and
-    every position sees it with logit 0. LlamaGen's weights were trained that way.
+    Trap: row 0 is *zero*, where an angle of 0 would have cosine 1. The class token's query and key therefore vanish,
+    and every position sees it with logit 0. LlamaGen's weights were trained that way.
     """
     freqs = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))          # [head_dim/4]
     angles = torch.arange(grid).float()[:, None] * freqs                                    # [grid, head_dim/4]
@@ -73,7 +74,7 @@ class Cache:
         self.length, self.keys_values = length, None
 
     def extend(self, k, v, start):
-        """k, v [B, H, T, head_dim] of positions from `start` on -> those of positions 0 to start+T."""
+        """k, v [B, H, 1, head_dim] of position `start` -> those of positions 0 to start."""
         if self.keys_values is None:
             B, H, _, width = k.shape
             self.keys_values = k.new_empty(2, B, H, self.length, width)
@@ -98,8 +99,8 @@ class Block(nn.Module):
         q, k, v = self.wqkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, T, D/H]
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
-            k, v = cache.extend(k, v.type_as(k), start)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single new position may see everything before it
+            k, v = cache.extend(k, v, start)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)  # with a cache: one new position
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
 
     def forward(self, x, table, cache=None, start=0):
@@ -144,26 +145,29 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def resample(self, codes, classes, uniform):
-        """One causal pass over the true codes, then one draw per position from p(q_i | q_<i, class), temperature 1.
+        """One causal pass over the true codes, then one draw per position from p(q_i | q_<i, class). In eval mode.
 
-        uniform [B, L] in [0, 1) decides the draws. D2C trains its generator on these codes, not on the true ones: they are
-        what a prior says that is right about the past, and so nearer to what the generator will meet when sampling.
+        uniform [B, L] in [0, 1) decides the draws. D2C trains its generator on these codes, not on the true ones:
+        they are what a prior says that is right about the past, and so nearer to what the generator will meet when
+        sampling.
         """
-        return torch.cat([draw(self(c, y)[:, :-1], u) for c, y, u in
-                          zip(codes.split(32), classes.split(32), uniform.split(32))])  # by 32: logits of 16384 codes are large
+        parts = zip(codes.split(32), classes.split(32), uniform.split(32))  # by 32: logits of 16384 codes are large
+        return torch.cat([draw(self(c, y)[:, :-1], u) for c, y, u in parts])
 
     # ------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def generate(self, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, greedy=False, progress=None):
+    def generate(self, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, greedy=False,
+                 progress=None):
         """classes [B] -> codes [B, L] int64, raster order.
 
-        cfg: guidance, u + cfg * (c - u) on the logits; 1 leaves the null branch away. generator: a torch.Generator, or a
-        list of B, one per image. progress: called after every code.
+        cfg: guidance, u + cfg * (c - u) on the logits; at 1 or below the null branch is left away. generator: a
+        torch.Generator, or a list of B, one per image. progress: called after every code. In eval mode.
         """
         B, L, device = len(classes), self.cfg.grid**2, classes.device
         uniform = torch.zeros(B, L, device=device) if greedy else randoms(B, L, generator, device)
-        if cfg > 1:  # both branches in one batch
+        branches = 2 if cfg > 1 else 1
+        if branches == 2:  # in one batch
             classes = torch.cat([classes, torch.full_like(classes, self.cfg.classes)])
         x = self.class_embedding(classes)[:, None]                                           # [B or 2B, 1, D]
         caches = [Cache(L + 1) for _ in self.blocks]
@@ -172,14 +176,14 @@ class Prior(nn.Module):
             for block, cache in zip(self.blocks, caches):
                 x = block(x, self.rope[i:i + 1], cache, start=i)
             logits = self.output(self.norm(x[:, -1])).float()                                # [B or 2B, K]
-            if cfg > 1:
+            if branches == 2:
                 cond, null = logits.chunk(2)
                 logits = null + cfg * (cond - null)
             if greedy:
                 codes[:, i] = logits.argmax(-1)
             else:
                 codes[:, i] = draw(filter_logits(logits / temperature, top_k, top_p), uniform[:, i])
-            x = self.code_embedding(codes[:, i:i + 1]).repeat(len(classes) // B, 1, 1)
+            x = self.code_embedding(codes[:, i:i + 1]).repeat(branches, 1, 1)
             if progress:
                 progress()
         return codes
@@ -204,12 +208,13 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, uniform):
     """One code per distribution by the inverse of its cumulative sum: logits [..., K], uniform [...] -> int64 [...].
 
-    torch.multinomial would do, but takes one generator a batch; with one uniform number per code a picture depends on its
-    own seed alone, whatever batch it is drawn in.
+    torch.multinomial would do, but takes one generator a batch; with one uniform number per code a picture depends on
+    its own seed alone, whatever batch it is drawn in.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
-    below = cumulative <= uniform[..., None] * cumulative[..., -1:]
-    return below.sum(-1).clamp(max=logits.shape[-1] - 1)
+    total = cumulative[..., -1:]
+    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= target).sum(-1)  # the first code whose sum exceeds the target: never one of probability 0
 
 
 def randoms(B, L, generator, device):

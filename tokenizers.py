@@ -1,4 +1,4 @@
-"""Tokenizers: an image as discrete codes (VQ) and as continuous latents (KL). D2C section 3; both are frozen in stages 1 and 2.
+"""Tokenizers: an image as discrete codes (VQ) and as continuous latents (KL). Frozen in stages 1 and 2. D2C section 3.
 
     VQ.encode   images [B, 3, h*f, w*f] in [-1, 1] -> codes [B, L] int64, raster order        L = h*w tokens, stride f
     VQ.decode   codes [B, L]                       -> images [B, 3, h*f, w*f]
@@ -6,10 +6,10 @@
     KL.sample   moments                            -> latents [B, L, C], scaled to about unit variance
     KL.decode   latents [B, L, C]                  -> images
 
-Both are the convolutional autoencoder of latent diffusion (LDM, arXiv 2112.10752). VQ follows LlamaGen (2406.06525), KL
-follows the kl-f16 that MAR uses (2406.11838); the defaults are their sizes. `data.py` calls encode, `sample.py` decode,
-`train.py --stage 0` loss. Grids are square. The name of this file is that of a Hugging Face package, so nothing that runs
-from this folder can import `transformers`.
+Both are the convolutional autoencoder of latent diffusion (LDM, arXiv 2112.10752). VQ follows LlamaGen (2406.06525),
+KL follows the kl-f16 that MAR uses (2406.11838); the defaults are their sizes. `data.py` calls encode, `sample.py`
+decode, `train.py --stage 0` loss. Grids are square. The name of this file is that of a Hugging Face package, so
+nothing that runs from this folder can import `transformers`.
 """
 from dataclasses import dataclass
 from math import isqrt
@@ -27,7 +27,7 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     blocks: int = 2                   # residual blocks a level (one more in the decoder)
-    unshuffle: int = 1                # small models: pixels of a u x u square become channels, so convolutions start at 1/u
+    unshuffle: int = 1            # small models: pixels of a u x u square become channels, so convolutions start at 1/u
     linear_path: bool = False         # small models: a linear map of patches beside the convolutions, see `Autoencoder`
 
 
@@ -38,7 +38,7 @@ class KLConfig:
     z_channels: int = 16
     encoder_attention: bool = True    # attention at the lowest level, besides the one in the middle
     decoder_attention: bool = False   # MAR's kl16 has none here; CompVis' kl-f16 and VA-VAE do
-    scale: float = 0.2325             # 1 / std of the latents. This number belongs to MAR's kl16.ckpt and no other file
+    scale: float = 0.2325           # 1 / std of the latents. This number is MAR's kl16.ckpt's; stage 0 measures its own
     blocks: int = 2
     unshuffle: int = 1
     linear_path: bool = False
@@ -72,7 +72,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         B, C, h, w = x.shape
-        q, k, v = (f(y).flatten(2).mT[:, None] for y in [self.norm(x)] for f in (self.q, self.k, self.v))  # [B, 1, hw, C]
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # each [B, 1, hw, C]
         y = F.scaled_dot_product_attention(q, k, v)  # scale C^-1/2
         return x + self.proj(y[:, 0].mT.reshape(B, C, h, w))
 
@@ -157,14 +158,14 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What VQ and KL share. `dim_in` channels leave the encoder, `dim_out` enter the decoder, on a grid of stride `stride`.
+    """What VQ and KL share. `dim_in` channels leave the encoder, `dim_out` enter the decoder, on a grid of `stride`.
 
-    With `linear_path` a linear map of each patch runs beside the convolutions, in and out. `fit_linear_path` sets it to the
-    principal components of real patches while the convolutions start at zero: training then begins at the quality of a
-    PCA codec, where a small convolutional network would arrive after hours.
+    With `linear_path` a linear map of each patch runs beside the convolutions, in and out. `fit_linear_path` sets it
+    to the principal components of real patches while the convolutions start at zero: training then begins at the
+    quality of a PCA codec, where a small convolutional network would arrive after hours.
     """
 
-    def __init__(self, c, dim_in, dim_out, encoder_attention, decoder_attention, encoder_out):
+    def __init__(self, c, dim_in, dim_out, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
         self.cfg, self.stride = c, c.unshuffle * 2 ** (len(c.ch_mult) - 1)
         self.encoder = Encoder(c, encoder_out, encoder_attention)
@@ -192,16 +193,20 @@ class VQ(Autoencoder):
     """Discrete tokenizer: the nearest of K codes on the unit sphere, by cosine similarity."""
 
     def __init__(self, c: VQConfig):
-        super().__init__(c, c.codebook_dim, c.codebook_dim, True, True, c.z_channels)
+        super().__init__(c, dim_in=c.codebook_dim, dim_out=c.codebook_dim, encoder_out=c.z_channels,
+                         encoder_attention=True, decoder_attention=True)
         self.codebook = nn.Embedding(c.codebook_size, c.codebook_dim)
-        nn.init.uniform_(self.codebook.weight, -1 / c.codebook_size, 1 / c.codebook_size)
-        self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # since the last `restart_dead_codes`
+        nn.init.uniform_(self.codebook.weight, -1, 1)
+        self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=1)
+        self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # since the last restart
 
     def _quantize(self, images):
-        """-> unit vectors [B, d, h, w], codes [B, L], their code vectors [B, d, h, w]."""
-        z = F.normalize(self.to_grid(images), dim=1)                              # [B, d, h, w]
-        book = F.normalize(self.codebook.weight, dim=1)                           # [K, d]
-        codes = (z.flatten(2).mT @ book.T).argmax(-1)                             # [B, L]: on the sphere, nearest = largest dot
+        """-> unit vectors [B, d, h, w], codes [B, L], code vectors [B, d, h, w]. fp32: cosines near 1 tie in bf16."""
+        z = self.to_grid(images)
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=1)                                     # [B, d, h, w]
+            book = F.normalize(self.codebook.weight, dim=1)                       # [K, d]
+            codes = (z.flatten(2).mT @ book.T).argmax(-1)                         # [B, L]: nearest = largest product
         return z, codes, F.embedding(codes, book).mT.reshape(z.shape)
 
     @torch.no_grad()
@@ -229,34 +234,41 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves codes that were not used since the last call onto encoded vectors of `images`; returns how many moved."""
+        """Moves codes that were not used since the last call onto encoded vectors of `images`; returns which moved."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
         self.codebook.weight[dead] = z[torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)]
         self.usage.zero_()
-        return len(dead)
+        return dead
 
 
 # -------------------------------------------------------------------------------------------------------------- KL
 
 class KL(Autoencoder):
-    """Continuous tokenizer: a Gaussian posterior per position. Latents leave it scaled and enter it scaled, here alone."""
+    """Continuous tokenizer: a Gaussian posterior per position. `sample` and `decode` apply the scale, nothing else."""
 
     def __init__(self, c: KLConfig):
-        super().__init__(c, 2 * c.z_channels, c.z_channels, c.encoder_attention, c.decoder_attention, 2 * c.z_channels)
+        super().__init__(c, dim_in=2 * c.z_channels, dim_out=c.z_channels, encoder_out=2 * c.z_channels,
+                         encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     @torch.no_grad()
     def encode(self, images):
         """images [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w]: mean, then log-variance, unscaled."""
         return self.to_grid(images)
 
+    @staticmethod
+    def posterior(moments):
+        """moments [B, 2C, h, w] -> mean and log-variance, each [B, C, h, w]."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
     def sample(self, moments, noise=None, generator=None):
         """moments [B, 2C, h, w] -> latents [B, L, C] drawn from the posterior, times cfg.scale. noise [B, C, h, w]."""
-        mean, logvar = moments.float().chunk(2, dim=1)
+        mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+        z = mean + (0.5 * logvar).exp() * noise
         return z.flatten(2).mT * self.cfg.scale
 
     @torch.no_grad()
@@ -268,10 +280,10 @@ class KL(Autoencoder):
     def loss(self, images, noise=None):
         """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian (LDM's weight; it adds LPIPS and a GAN)."""
         moments = self.to_grid(images)
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self.posterior(moments)
         z = self.sample(moments, noise) / self.cfg.scale
         recon = self.to_images(z.mT.reshape(mean.shape))
-        kl = 0.5 * (mean**2 + logvar.clamp(-30, 20).exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(recon, images) + F.mse_loss(recon, images) + 1e-6 * kl, recon
 
 
@@ -281,9 +293,10 @@ class KL(Autoencoder):
 def fit_linear_path(model: VQ | KL, images, generator=None):
     """Sets the linear path (and VQ's codebook) from images [N, 3, H, W]: principal components in, least squares out.
 
-    Component k is divided by the square root of its standard deviation: whitening would give noise-like details the
-    weight of the mean colour, no scaling at all would drown them. VQ spends one of its d dimensions on a constant, so that
-    the projection to the unit sphere keeps the brightness of a patch.
+    For a new model on the CPU, whose convolutions still add nothing. Component k is divided by the square root of its
+    standard deviation: whitening would give noise-like details the weight of the mean colour, no scaling at all would
+    drown them. VQ spends one of its d dimensions on a constant, so that the projection to the unit sphere keeps the
+    brightness of a patch.
     """
     f, vq = model.stride, isinstance(model, VQ)
     patches = F.unfold(images, f, stride=f).mT.flatten(0, 1)                       # [N*L, 3*f*f]
@@ -292,7 +305,7 @@ def fit_linear_path(model: VQ | KL, images, generator=None):
     k = model.cfg.codebook_dim - 1 if vq else model.cfg.z_channels
     axes = (axes / power.clamp(1e-8) ** 0.25).flip(1)[:, :k].T                     # [k, 3*f*f]
     if vq:
-        axes /= ((patches - mean) @ axes.T).norm(dim=1).mean()
+        axes /= ((patches - mean) @ axes.T).norm(dim=1).mean()                     # about as long as the constant
     weight, bias = model.patch_in.weight.zero_(), model.patch_in.bias.zero_()
     weight[:k] = axes.view(k, 3, f, f)
     bias[:k] = -axes @ mean
@@ -309,4 +322,4 @@ def fit_linear_path(model: VQ | KL, images, generator=None):
     ones = torch.ones(len(z), 1)
     fit = torch.linalg.lstsq(torch.cat([z, ones], 1), patches).solution            # [dim_out + 1, 3*f*f]
     model.patch_out.weight.copy_(fit[:-1].view(-1, 3, f, f))
-    model.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))                        # one bias a colour is what the layer has
+    model.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))                    # one bias a colour is what the layer has

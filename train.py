@@ -8,14 +8,16 @@
     python data.py --images DIR --run runs/tiny --out data/tiny
     python train.py --stage 1 --preset tiny --data data/tiny --run runs/tiny
     python train.py --stage 2 --preset tiny --data data/tiny --run runs/tiny
-    torchrun --nproc_per_node=8 train.py --stage 2            preset d2c-b, data/cache, runs/d2c-b
+    torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
 
-The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), train-N.pt (what resuming
-needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch = images per rank and pass x
-ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole global batch, of which each rank
-takes its rows: a run is the same on 1 and on 8 GPUs, and resumes without any generator's state.
+The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), train-N.pt (what
+resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch = images per
+rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole global batch,
+of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (but for dropout, which also depends on the
+rank), and resumes without any generator's state.
 """
 import argparse
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -28,23 +30,31 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+import generator
+import prior
 import sample
 from data import Cache, Folder, ahead
-from diffloss import T
+from diffloss import T as TIMESTEPS, HeadNet
 from fusion import FUSIONS
-from generator import Generator, mask_ratio
 from presets import PRESETS
-from prior import Prior
-from runtime import UserError, all_mean, autocast, barrier, log, print0, rng, run_script, setup
-from tokenizers import KL, VQ, fit_linear_path
+from runtime import UserError, agree, all_mean, autocast, barrier, broadcast, log, print0, rng, run_script, setup
+from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
-# A stage is a module: build the models and the data, `forward(step, rows, *batch)` gives the loss of the rows of step's
-# global batch. `trained` holds the models that learn, by kind; what is frozen stays outside so that it is not saved again.
+# A stage is a module that builds its data and models and knows their loss:
+#   data                         len() images and batch(sample numbers) -> tensors
+#   trained                      the models that learn, by kind: what DDP, the optimizer, the EMA and the files see
+#   about                        what their files say besides config and weights
+#   decays(name, parameter)      does weight decay apply
+#   start()                      once, before the first step of a new run
+#   forward(step, rows, *batch)  loss of the rows (a slice) of this step's global batch
+#   after(step, total, ema)      after each optimizer step; returns what to log
+#   before_save(models)          before the EMA weights are written
+#   picture(models)              images for a grid, or None
 
 class Tokenizers(nn.Module):
-    """Stage 0: both tokenizers in one loop; they share nothing but the images."""
+    """Stage 0: both tokenizers in one loop; they share the images and nothing else."""
 
     def __init__(self, args, preset, world):
         super().__init__()
@@ -69,26 +79,29 @@ class Tokenizers(nn.Module):
         if "kl" in self.trained:
             kl = self.trained["kl"]
             h = images.shape[-1] // kl.stride
-            noise = torch.randn(self.args.batch, kl.cfg.z_channels, h, h, generator=rng(self.device, "stage 0", self.args.seed, step),
-                                device=self.device)
+            g = rng(self.device, "stage 0", self.args.seed, step)
+            noise = torch.randn(self.args.batch, kl.cfg.z_channels, h, h, generator=g, device=self.device)
             loss = loss + kl.loss(images, noise[rows])[0]
         return loss
 
     def after(self, step, total, ema):
-        """Every 100 steps of the first half, codes that nothing chose move onto encoded patches."""
+        """Every 100 steps, codes that nothing chose move onto encoded patches; until half-way, so that they settle."""
         vq = self.trained["vq"] if "vq" in self.trained else None
         if vq is None or (step + 1) % 100 or step > total / 2:
             return {}
-        all_mean(vq.usage)
+        vq.usage = all_mean(vq.usage)
         images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
-        restarted = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
-        return {"dead_codes": restarted}
+        moved = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
+        broadcast(vq.codebook.weight.data)  # encoders of two ranks may differ in the last bit
+        ema["vq"].codebook.weight[moved] = vq.codebook.weight[moved].detach()  # no average of two places
+        return {"dead_codes": len(moved)}
 
-    def finish(self, models):
+    def before_save(self, models):
         """Measures the scale of KL's latents, 1 / std."""
         if "kl" in models:
             kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
-            latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=rng(self.device, "scale")) for x in images.split(50)])
+            g = rng(self.device, "scale")
+            latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=g) for x in images.split(50)])
             kl.cfg = replace(kl.cfg, scale=kl.cfg.scale / float(latents.std()))
 
     def picture(self, models):
@@ -108,18 +121,15 @@ class OnCache(nn.Module):
         super().__init__()
         self.args, self.device, self.sampling = args, world.device, preset.sampling
         self.data = Cache(args.data, args.seed)
-        self.classes, self.grid = self.data.classes, self.data.header["grid"]
-        self.frozen = {}
+        self.class_names, self.grid = self.data.classes, self.data.header["grid"]
+        self.frozen = {}  # a plain dict: these models stay in eval mode, out of DDP, the optimizer and the files
         for kind in ("vq", "kl"):
-            self.load_frozen(kind, sample.MODULES[kind])
+            self.load_frozen(kind)
             self.data.check_tokenizer(kind, self.frozen[kind], os.path.join(args.run, f"{kind}.pt"))
-        self.about = {"classes": self.classes}
+        self.about = {"classes": self.class_names, "tokenizers": {k: self.data.header[k] for k in ("vq", "kl")}}
 
-    def load_frozen(self, kind, module):
-        config, state = checkpoints.load(os.path.join(self.args.run, f"{kind}.pt"), kind)
-        model = module(config)
-        model.load_state_dict(state)
-        self.frozen[kind] = model.eval().requires_grad_(False).to(self.device)
+    def load_frozen(self, kind):
+        self.frozen[kind] = checkpoints.load_model(os.path.join(self.args.run, f"{kind}.pt"), kind, self.device)
 
     def start(self):
         pass
@@ -127,12 +137,12 @@ class OnCache(nn.Module):
     def after(self, step, total, ema):
         return {}
 
-    def finish(self, models):
+    def before_save(self, models):
         pass
 
     def shown(self):
         """Sixteen classes for a grid of samples."""
-        return torch.arange(16, device=self.device) % len(self.classes)
+        return torch.arange(16, device=self.device) % len(self.class_names)
 
 
 class PriorStage(OnCache):
@@ -140,18 +150,19 @@ class PriorStage(OnCache):
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
-        c = replace(preset.prior, vocab=self.data.header["codebook"], grid=self.grid, classes=len(self.classes))
-        self.trained = nn.ModuleDict({"prior": Prior(c)})
+        c = replace(preset.prior, vocab=self.data.header["codebook"], grid=self.grid, classes=len(self.class_names))
+        self.trained = nn.ModuleDict({"prior": prior.Prior(c)})
         self.decays = lambda name, p: p.ndim >= 2
 
     def forward(self, step, rows, codes, moments, classes):
-        prior = self.trained["prior"]
-        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < prior.cfg.class_drop
-        return prior.loss(codes, classes, drop[rows].to(self.device))
+        model = self.trained["prior"]
+        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < model.cfg.class_drop
+        return model.loss(codes, classes, drop[rows].to(self.device))
 
     def picture(self, models):
         s, generators = self.sampling, [rng(self.device, "grid", i) for i in range(16)]
-        codes = models["prior"].generate(self.shown(), s.prior_cfg, s.prior_temperature, generator=generators)
+        codes = models["prior"].generate(self.shown(), s.prior_cfg, s.prior_temperature, top_k=s.top_k, top_p=s.top_p,
+                                         generator=generators)
         return sample.to_uint8(self.frozen["vq"].decode(codes))
 
 
@@ -167,30 +178,38 @@ class GeneratorStage(OnCache):
         if config.fusion != "none" and not has_prior and self.condition == "teacher_forced":
             raise UserError(f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth.")
         if config.fusion != "none" and has_prior:
-            self.load_frozen("prior", Prior)
+            self.load_frozen("prior")
+            p, wanted = self.frozen["prior"].cfg, (self.grid, vq.cfg.codebook_size, len(self.class_names))
+            if (p.grid, p.vocab, p.classes) != wanted:
+                raise UserError(f"{args.run}/prior.pt has grid, codes and classes {(p.grid, p.vocab, p.classes)}, the "
+                                f"cache {wanted}; train a prior on this cache (stage 1).")
+        elif config.fusion != "none":
+            print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
         code_dim = self.frozen["prior"].cfg.dim if "prior" in self.frozen else preset.prior.dim
-        config = replace(config, grid=self.grid, classes=len(self.classes), vocab=vq.cfg.codebook_size, code_dim=code_dim,
-                         token_dim=kl.cfg.z_channels)
-        generator = Generator(config)
-        if "prior" in self.frozen:
-            generator.fusion.embedding.weight.data.copy_(self.frozen["prior"].code_embedding.weight)
-        self.trained = nn.ModuleDict({"generator": generator})
-        self.decays = lambda name, p: p.ndim >= 2 and "head." not in name
-        if kl.cfg.scale == 1.0:  # a file that does not know its scale
+        config = replace(config, grid=self.grid, classes=len(self.class_names), vocab=vq.cfg.codebook_size,
+                         code_dim=code_dim, token_dim=kl.cfg.z_channels)
+        model = generator.Generator(config)
+        if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without one it stays random
+            model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
+        self.trained = nn.ModuleDict({"generator": model})
+        self.decays = lambda name, p: p.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
+        if kl.cfg.scale == 1.0:  # a file that does not know its scale: take what data.py measured
             kl.cfg = replace(kl.cfg, scale=self.data.scale)
         if abs(self.data.scale / kl.cfg.scale - 1) > 0.05:
-            print0(f"note: the cache's latent scale is {self.data.scale:.4f}, kl.pt's {kl.cfg.scale:.4f}; training with kl.pt's")
+            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training with kl.pt's {kl.cfg.scale:.4f}")
         self.about.update(sampling=asdict(self.sampling), condition=self.condition, latent_scale=kl.cfg.scale)
 
     def forward(self, step, rows, codes, moments, classes):
-        generator, G, L, device = self.trained["generator"], self.args.batch, self.grid**2, self.device
-        c = generator.cfg
-        ratio = mask_ratio(float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step))))  # one ratio for all ranks
+        model, L, device = self.trained["generator"], self.grid**2, self.device
+        G = self.args.batch  # the global batch: all its random numbers are drawn here, then `rows` of them taken
+        c = model.cfg
+        # one ratio for all ranks: equally many hidden tokens everywhere make the mean over ranks the mean over tokens
+        ratio = generator.mask_ratio(float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step))))
         g = rng(device, "stage 2", self.args.seed, step)
         uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)[rows]
-        order, drop, draws = uniform(G, L).argsort(1), uniform(G) < 0.1, uniform(G, L)
+        order, drop, draws = uniform(G, L).argsort(1), uniform(G) < c.class_drop, uniform(G, L)
         posterior = torch.randn(G, c.token_dim, self.grid, self.grid, generator=g, device=device)[rows]
-        t = torch.randint(T, (c.batch_mul, G, L), generator=g, device=device)[:, rows]
+        t = torch.randint(TIMESTEPS, (c.batch_mul, G, L), generator=g, device=device)[:, rows]
         noise = torch.randn(c.batch_mul, G, L, c.token_dim, generator=g, device=device)[:, rows]
 
         latents = self.frozen["kl"].sample(moments, posterior)  # drawn anew at every step
@@ -198,18 +217,19 @@ class GeneratorStage(OnCache):
             codes = None
         elif self.condition == "teacher_forced":
             codes = self.frozen["prior"].resample(codes, classes, draws)
-        mask = order < -int(-ratio * L // 1)  # ceil(ratio * L) tokens are hidden
-        return generator.loss(latents, classes.masked_fill(drop, c.classes), codes, mask, t, noise)
+        visible = L - math.ceil(ratio * L)
+        return model.loss(latents, classes.masked_fill(drop, c.classes), codes, order >= visible, t, noise, visible)
 
     def picture(self, models):
-        run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"), self.classes,
-                         self.sampling, self.device)
+        run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
+                         self.class_names, self.sampling, self.device)
         if models["generator"].cfg.fusion != "none" and run.prior is None:
             return None  # nothing to draw codes from yet
         return sample.generate(run, self.shown()).images
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
+COMPILED = (Encoder, Decoder, generator.Block, prior.Block, HeadNet)  # what --compile compiles
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -222,15 +242,16 @@ def parse_args():
     parser.add_argument("--run", help="run directory (default: runs/PRESET)")
     parser.add_argument("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
     parser.add_argument("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
-    parser.add_argument("--condition", choices=("teacher_forced", "ground_truth"), help="stage 2: codes drawn from the prior given the "
-                        "true past, or the true codes (default: the preset's)")
+    parser.add_argument("--condition", choices=("teacher_forced", "ground_truth"),
+                        help="stage 2: codes drawn by the prior given the true past, or the true ones")
     parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
     parser.add_argument("--batch", type=int, help="global batch (default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
-    parser.add_argument("--accumulate", type=int, default=1, help="passes per optimizer step")
+    parser.add_argument("--accumulate", type=int, help="passes per optimizer step (default: as few as the "
+                        "preset's limit of images per pass allows)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the models")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
@@ -239,6 +260,10 @@ def parse_args():
     args.run = args.run or os.path.join("runs", args.preset)
     if args.data is None and args.stage == 0:
         raise UserError("stage 0 trains on an image folder: give --data DIR.")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative.")
+    if args.only and args.stage != 0:
+        raise UserError("--only vq or kl is for stage 0.")
     args.data = args.data or os.path.join("data", "cache")
     return args
 
@@ -248,15 +273,20 @@ def main():
     world, preset = setup(args.device), PRESETS[args.preset]
     recipe = preset.recipes[args.stage]
     recipe = replace(recipe, **{k: v for k in ("batch", "lr") if (v := getattr(args, k)) is not None})
-    args.batch = recipe.batch
+    args.batch, per_rank = recipe.batch, recipe.batch // world.size
+    if args.accumulate is None:
+        passes = range(1, max(1, per_rank) + 1)
+        args.accumulate = next((n for n in passes if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
     if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
     if recipe.lr <= 0:
         raise UserError("--lr must be above 0.")
     if args.batch % (world.size * args.accumulate):
-        raise UserError(f"a batch of {args.batch} does not divide into {world.size} ranks x {args.accumulate} passes; change --batch.")
+        raise UserError(f"a batch of {args.batch} does not divide into {world.size} ranks x {args.accumulate} passes; "
+                        f"change --batch.")
     micro = args.batch // (world.size * args.accumulate)
 
+    agree((args.batch, args.accumulate, args.seed), "--batch, --accumulate or --seed")
     if not args.dry_run:
         try:
             os.makedirs(args.run, exist_ok=True)
@@ -265,22 +295,28 @@ def main():
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, preset, world)
     steps = max(1, round(recipe.epochs * len(stage.data) / args.batch)) if args.steps is None else args.steps
-    warmup = recipe.warmup * len(stage.data) / args.batch
+    warmup = recipe.warmup * len(stage.data) / args.batch  # steps
     lr = recipe.lr * args.batch / 256
     names = "+".join(stage.trained)
     count = sum(p.numel() for p in stage.trained.parameters())
-    print0(f"stage {args.stage}: {names}, {count:,} parameters, {len(stage.data):,} images, {steps:,} steps of {args.batch} = {micro} images "
-           f"x {world.size} ranks x {args.accumulate} passes, learning rate {lr:.2e} after {warmup:.0f} steps, on {world.device}")
+    print0(f"stage {args.stage}: {names}, {count:,} parameters, {len(stage.data):,} images, {steps:,} steps of "
+           f"{args.batch} = {micro} images x {world.size} ranks x {args.accumulate} passes, "
+           f"learning rate {lr:.2e} after {warmup:.0f} steps, on {world.device}")
     if args.dry_run:
         return
 
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
     state = checkpoints.read(state_path) if os.path.exists(state_path) else None
+    # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
+    configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
+                   data=stage.data.identity)
     if state is None:
         stage.start()
-    elif state["configs"] != configs:
-        raise UserError(f"{state_path} was trained with other settings than --preset {args.preset} gives here; choose another --run.")
+    elif state.get("kind") != f"train-{args.stage}":
+        raise UserError(f"{state_path} is no training state of stage {args.stage}; remove it or choose another --run.")
+    elif changed := [k for k in configs if state["configs"].get(k) != configs[k]]:
+        raise UserError(f"{state_path} was trained with another {' and '.join(changed)}; choose another --run.")
     stage.to(world.device)
     if state is not None:
         stage.trained.load_state_dict(state["raw"])
@@ -295,28 +331,43 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         print0(f"resuming {state_path} at step {first:,}")
-    loss_of = torch.compile(stage) if args.compile else stage  # `stage` stays the unwrapped module
+    agree(first, "the step to resume at")
+    if args.compile:  # in place: names of parameters stay, the EMA stays as it is
+        for module in stage.trained.modules():
+            if isinstance(module, COMPILED):
+                module.compile()
+    loss_of = stage  # `loss_of` is what the loop calls, `stage` stays unwrapped
     if world.size > 1:
-        loss_of = DistributedDataParallel(loss_of, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        loss_of = DistributedDataParallel(stage, device_ids=ids, broadcast_buffers=False)
 
     def save(step):
         if world.rank > 0:
             return
-        stage.finish(ema)
+        stage.before_save(ema)
         for kind, model in ema.items():
-            checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step, preset=args.preset, **stage.about)
-        checkpoints.write(state_path, {"format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
-                                       "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+            checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step,
+                             preset=args.preset, **stage.about)
+        checkpoints.write(state_path, {
+            "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
+            "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
 
     def show(step):
         """A grid of samples: raw weights above, EMA below."""
         if world.rank > 0:
             return
         stage.trained.eval()
-        pictures = [p for models in (stage.trained, ema) if (p := stage.picture(models)) is not None]
+        pictures = []
+        for models in (stage.trained, ema):
+            try:
+                pictures.append(stage.picture(models))
+            except UserError as error:  # raw weights of the first steps may give values that are no picture
+                print0(f"no picture at step {step}: {error}")
         stage.trained.train()
+        pictures = [p for p in pictures if p is not None]
         if pictures:
-            sample.save_picture(sample.grid(torch.cat(pictures), 8), os.path.join(args.run, "grids", f"stage{args.stage}-{step:07d}.png"))
+            path = os.path.join(args.run, "grids", f"stage{args.stage}-{step:07d}.png")
+            sample.save_picture(sample.grid(torch.cat(pictures), 8), path)
 
     def rows(k):  # of the global batch, for this rank's k-th pass
         start = (k * world.size + world.rank) * micro
@@ -325,12 +376,14 @@ def main():
     passes = [(step, k) for step in range(first, steps) for k in range(args.accumulate)]
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
     batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
-    bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps", mininterval=1)
-    total, seen, norm, clock = torch.zeros((), device=world.device), 0, torch.zeros(()), time.time()
+    bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
+               mininterval=1)
+    total, seen, clock, notes = torch.zeros((), device=world.device), 0, time.time(), {}
     stage.trained.train()
     for step in range(first, steps):
+        rate = lr * min(1.0, (step + 1) / (warmup + 1))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
+            group["lr"] = rate
         for k in range(args.accumulate):
             # dropout: a seed of its own for every step, pass and rank
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, k, world.rank).initial_seed())
@@ -338,29 +391,36 @@ def main():
             last = k == args.accumulate - 1
             with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
-            loss.backward()
+            loss.backward()  # DDP decides in forward whether this synchronises
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(stage.trained.parameters(), recipe.clip)
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(recipe.ema, (1 + step) / (10 + step))  # own: a fixed decay would keep the random start for its first 1 / (1 - decay) steps
-        torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
-        extra = stage.after(step, steps, ema)
+        decay = min(recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
+        with torch.no_grad():  # without it the EMA would keep the graph of every step so far
+            torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
+        notes.update(stage.after(step, steps, ema))
         seen += 1
         done = step + 1
-        if done % args.log_every == 0 or done == steps:  # the only place that waits for the device
+        save_now = done % args.save_every == 0 or done == steps
+        if done % args.log_every == 0 or save_now:  # besides saves and pictures, what waits for the device
             mean = float(all_mean(total / seen))
+            if not math.isfinite(mean):  # on all ranks alike, before anything is saved
+                raise UserError(f"the loss is not finite at step {done}; {args.run} keeps the last good weights. "
+                                "Resume with a lower --lr.")
             speed = seen * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s", refresh=False)
             if world.rank == 0:
-                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=mean, lr=group["lr"], grad_norm=float(norm),
-                    images_per_s=round(speed, 1), **extra)
+                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=mean, lr=rate,
+                    grad_norm=float(sum(norms)), images_per_s=round(speed, 1), **notes)
             total.zero_()
-            seen, clock = 0, time.time()
-        if done % args.save_every == 0 or done == steps:
+            seen, clock, notes = 0, time.time(), {}
+        before = time.time()
+        if save_now:
             save(done)
         if args.grid_every and (done % args.grid_every == 0 or done == steps):
             show(done)
+        clock += time.time() - before  # so that images/s is that of training
         bar.update()
     bar.close()
     barrier()
