@@ -59,16 +59,16 @@ def checksum(state: dict) -> str:
 
 def write(path: str, content: dict):
     """Writes a file that is either complete or not there: temporary file, fsync, rename."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp{os.getpid()}"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             torch.save({**content, "checksum": checksum(content)}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:
         if os.path.exists(temporary):
@@ -90,7 +90,8 @@ def read(path: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL")):
-            raise UserError(f"{path} holds more than tensors and plain values, which could run code.") from None
+            what = "holds more than tensors and plain values, which could run code, and is refused"
+            raise UserError(f"{path} {what}.") from None
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
@@ -118,10 +119,13 @@ def load_model(path: str, kind: str, device="cpu"):
     content = read(path)
     config, state = parse(path, kind, content)
     model = MODULES[kind](config)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold a whole {kind}: {str(error).splitlines()[1].strip()}") from None
+    wanted = model.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape:
+            raise UserError(f"{path} is no whole {kind} of its sizes: see the tensor {key!r}; get the file again.")
+        if not torch.isfinite(state[key]).all():
+            raise UserError(f"{path} holds values that are not finite, in {key!r}; it is damaged or was trained badly.")
+    model.load_state_dict(state)
     own = content if "format" in content else {}
     model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
     return model.eval().requires_grad_(False).to(device)
@@ -134,7 +138,10 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
             raise UserError(f"{path} holds {content['kind']} weights where {kind} is expected.")
         config = make_config(path, kind, content["config"])
         return config, {k: v.float() if v.is_floating_point() else v for k, v in content["state"].items()}
-    return LAYOUTS[kind](path, content, ema)
+    try:
+        return LAYOUTS[kind](path, content, ema)
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: it has no tensor {error}; get the file again.") from None
 
 
 def make_config(path, kind, values: dict):
@@ -161,7 +168,7 @@ def unpack(path, content: dict, names: tuple) -> dict:
     """The state dict inside an official container: the first of `names` that is there, else the file itself; fp32."""
     state = next((content[n] for n in names if isinstance(content.get(n), dict)), content)
     plain = lambda key: key.removeprefix("module.").removeprefix("_orig_mod.")
-    state = {plain(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {plain(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not state:
         raise UserError(f"{path} holds no weights that this code recognises.")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -53,11 +53,11 @@ def read_image(path: str, size: int) -> np.ndarray | None:
     """-> uint8 [3, size, size], or None if the file is no readable image. Transparency falls on white."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return np.asarray(center_crop(image.convert("RGB"), size)).transpose(2, 0, 1).copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises on broken files
         return None
@@ -76,6 +76,9 @@ def find_images(root: str):
     if folders and set(folders) <= {"train", "val", "valid", "test"}:
         raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one, e.g. {root}/{folders[0]}.")
     classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
+    ids = [identity for identity, _ in classes.values()]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{root}/classes.tsv gives the id {max(ids, key=ids.count)} twice; every class needs its own.")
     if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/classes.tsv has no line for the folder {min(unknown)}; add one or remove the file.")
     paths, labels = [], []
@@ -180,10 +183,10 @@ def read_header(path: str) -> dict:
         if header["checksum"] != text_hash(body):
             raise UserError(f"{path}/header.json was changed; make the cache again with data.py.")
         return header
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         command = f"python data.py --images DIR --run RUN --out {path}"
         raise UserError(f"{path} is not a token cache; make one: {command}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}/header.json is damaged; make the cache again with data.py.") from None
 
 
@@ -207,11 +210,13 @@ def open_arrays(path: str, h: dict, mode: str) -> dict:
     for name, (shape, dtype) in layout.items():
         file = os.path.join(path, f"{name}.npy")
         try:
+            if mode == "r+":  # which would fill up a file cut short with zeros, where "r" refuses it
+                np.lib.format.open_memmap(file, "r")
             arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
         except (OSError, ValueError):
-            raise UserError(f"{file} is missing or damaged; remove {path} and make it again with data.py.") from None
+            raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again.") from None
         if arrays[name].shape != shape or arrays[name].dtype != dtype:
-            raise UserError(f"{file} does not fit its header; remove {path} and make it again with data.py.")
+            raise UserError(f"{file} does not fit its header; remove {path} and make the cache again.")
     return arrays
 
 
@@ -222,8 +227,8 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     if vq.cfg.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.cfg.codebook_size} codes; a cache holds at most 65,536.")
-    size = size or kl.about.get("image_size", 256)
-    if size % vq.stride or size % kl.stride or vq.stride != kl.stride:
+    size = size if size is not None else kl.about.get("image_size", 256)
+    if size < 1 or size % vq.stride or size % kl.stride or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     header = {"format": 1, "images": len(paths), "grid": size // kl.stride, "channels": kl.cfg.z_channels, "size": size,

@@ -41,7 +41,7 @@ def setup(device: str | None = None) -> World:
     if device.startswith("cuda"):
         device = f"cuda:{local}" if ranks > 1 or device == "cuda" else device
         if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
-            raise UserError(f"there is no {device}: this PyTorch sees {torch.cuda.device_count()} GPUs; see --device.")
+            raise UserError(f"there is no {device}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
         torch.cuda.set_device(torch.device(device))
         torch.backends.cudnn.allow_tf32 = True  # convolutions of the tokenizers only; matrix products stay in full fp32
     if ranks > 1 and not dist.is_initialized():

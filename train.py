@@ -279,7 +279,7 @@ def main():
         args.accumulate = next((n for n in passes if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
     if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
-    if recipe.lr <= 0:
+    if not 0 < recipe.lr < math.inf:
         raise UserError("--lr must be above 0.")
     if args.batch % (world.size * args.accumulate):
         raise UserError(f"a batch of {args.batch} does not divide into {world.size} ranks x {args.accumulate} passes; "
@@ -316,7 +316,7 @@ def main():
     elif state.get("kind") != f"train-{args.stage}":
         raise UserError(f"{state_path} is no training state of stage {args.stage}; remove it or choose another --run.")
     elif changed := [k for k in configs if state["configs"].get(k) != configs[k]]:
-        raise UserError(f"{state_path} was trained with another {' and '.join(changed)}; choose another --run.")
+        raise UserError(f"{state_path} was trained with other settings ({', '.join(changed)}); choose another --run.")
     stage.to(world.device)
     if state is not None:
         stage.trained.load_state_dict(state["raw"])

@@ -1,4 +1,89 @@
+"""What several test files share: scripts run in this process, scripts run on two ranks, and one small trained run."""
+import importlib
+import io
+import os
+import shutil
+import subprocess
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def run_in_process(name, *args):
+    """`python NAME.py ARGS` without a new process -> code, out, err. An escaped exception is the traceback a user would see."""
+    import runtime
+    argv, out, err = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = [f"{name}.py", *map(str, args)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runtime.run_script(importlib.import_module(name).main)
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        code = 1
+        err.write(traceback.format_exc())
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("train", "--stage", 2, ...) -> code, out, err of train.py."""
+    return run_in_process
+
+
+@pytest.fixture(scope="session")
+def works():
+    """The same for commands that must succeed; returns what they print."""
+    def run(*args):
+        result = run_in_process(*args)
+        assert result.code == 0, result.err
+        return result.out
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """two_ranks("train", ...): torchrun with two processes on this CPU (gloo); must succeed."""
+    def run(name, *args):
+        # `--`: without it torchrun takes our --run for an abbreviation of its own --run-path
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(ROOT / f"{name}.py")]
+        result = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    return run
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory, works):
+    """A run of preset toy through all stages: paths `images`, `cache`, `run`. To be read, never written; `copy_run` is for that."""
+    root = tmp_path_factory.mktemp("toy")
+    images, cache, run = str(root / "images"), str(root / "cache"), str(root / "run")
+    train = lambda stage, data, *more: works("train", "--stage", stage, "--preset", "toy", "--data", data, "--run", run, *more)
+    works("data", "--toy", 130, "--out", images)  # 130: three chunks of the cache
+    train(0, images, "--steps", 16, "--batch", 8, "--grid-every", 0)
+    works("data", "--images", images, "--run", run, "--out", cache)
+    train(1, cache, "--steps", 40, "--grid-every", 0)
+    train(2, cache, "--steps", 40, "--log-every", 10, "--grid-every", 40)
+    return SimpleNamespace(images=images, cache=cache, run=run)
+
+
+@pytest.fixture
+def copy_run(toy, tmp_path):
+    """copy_run("vq", "kl") -> path of a new run directory with these files of the toy run; all four weight files by default."""
+    def copy(*kinds):
+        target = tmp_path / "run"
+        target.mkdir(exist_ok=True)
+        for kind in kinds or ("vq", "kl", "prior", "generator"):
+            shutil.copy(os.path.join(toy.run, f"{kind}.pt"), target)
+        return str(target)
+    return copy

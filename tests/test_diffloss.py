@@ -85,9 +85,10 @@ def test_sample_is_the_textbook_loop(head, steps, t_max, cfg, temperature):
 def test_sample_details(head):
     z, z_null, noise = torch.randn(N, D), torch.randn(N, D), torch.randn(6, N, C)
     x = head.sample(z, steps=5, noise=noise)
-    assert torch.equal(x, head.sample(z, z_null, 1.0, 5, noise=noise))                                  # cfg 1: no guidance
-    torch.testing.assert_close(x, head.sample(z, z.clone(), 3.0, 5, noise=noise), rtol=1e-3, atol=1e-3)  # nothing to guide
-    assert torch.equal(x, head.sample(z, steps=5, noise=torch.cat([noise[:5], noise[:1]])))             # last slab unused
+    assert torch.equal(x, head.sample(z, z_null, 1.0, 5, noise=noise))                       # cfg 1: no guidance
+    same = head.sample(z, z.clone(), 3.0, 5, noise=noise)                                    # nothing to guide
+    torch.testing.assert_close(x, same, rtol=1e-3, atol=1e-3)
+    assert torch.equal(x, head.sample(z, steps=5, noise=torch.cat([noise[:5], noise[:1]])))  # last slab unused
     assert not torch.allclose(x, head.sample(z, steps=5, noise=torch.cat([noise[:4], noise[:2]])))
     seeded = lambda: torch.Generator().manual_seed(7)
     assert torch.equal(head.sample(z, steps=5, generator=seeded()), head.sample(z, steps=5, generator=seeded()))
@@ -105,13 +106,13 @@ def test_timesteps():
 
 
 class ExactNet(nn.Module):
-    """Says exactly which noise leads from x0 to x_t. It takes the place of HeadNet; a modulation is the timestep itself."""
+    """Says exactly which noise leads from x0 to x_t. Stands in for HeadNet; a modulation is the timestep itself."""
 
     def __init__(self, x0):
         super().__init__()
         self.x0 = x0
-        self.embed_time, self.modulations = lambda t: t[:, None], lambda y: y
-        self.cond = lambda z: torch.zeros(len(z), 1)
+        self.embed_time, self.cond = lambda t: t[:, None], lambda z: torch.zeros(len(z), 1)
+        self.stacked, self.modulations = lambda: None, lambda y, stacked: y
 
     def body(self, x_t, t):
         abar = torch.tensor([alpha_bar(int(i)) for i in t]).float()[:, None]
@@ -134,7 +135,7 @@ def test_exact_noise_gives_back_x0(head, steps, t_max):
 # ------------------------------------------------------------------------------------------------------------ loss
 
 def parts(head, x, z, t, noise):
-    """The network's answer, and the two Gaussians of the bound: q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t), for t > 0."""
+    """The network's noise, and the two Gaussians of the bound: q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t); t > 0."""
     a, previous = (torch.tensor([alpha_bar(int(i) - d) for i in t], dtype=torch.float64)[:, None] for d in (0, 1))
     beta = 1 - a / previous
     x_t = a.sqrt() * x + (1 - a).sqrt() * noise
@@ -142,7 +143,8 @@ def parts(head, x, z, t, noise):
     posterior = beta * (1 - previous) / (1 - a)
     mean = lambda x0: (beta * previous.sqrt() * x0 + (1 - previous) * (1 - beta).sqrt() * x_t) / (1 - a)
     variance = (beta.log() * (v + 1) / 2 + posterior.log() * (1 - v) / 2).exp()
-    return eps, Normal(mean(x.double()), posterior.sqrt()), Normal(mean((x_t - (1 - a).sqrt() * eps) / a.sqrt()), variance.sqrt())
+    x0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+    return eps, Normal(mean(x.double()), posterior.sqrt()), Normal(mean(x0), variance.sqrt())
 
 
 def test_loss_is_noise_error_plus_bound(head):

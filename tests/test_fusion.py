@@ -1,4 +1,6 @@
 """How codes reach the generator: every fusion's promises, and what each does with them."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,16 +13,14 @@ WITH_CODES = [name for name in FUSIONS if name != "none"]
 
 
 def config(fusion, **changes):
-    return GeneratorConfig(**{**dict(fusion=fusion, dim=D, depth=2, heads=2, prefix=P, grid=4, classes=5, vocab=K, code_dim=24,
-                                     queries=2, qformer_width=16, qformer_layers=2, qformer_heads=2), **changes})
+    c = GeneratorConfig(fusion, dim=D, depth=2, heads=2, prefix=P, grid=4, classes=5, vocab=K, code_dim=24,
+                        queries=2, qformer_width=16, qformer_layers=2, qformer_heads=2)
+    return replace(c, **changes)
 
 
 def make(fusion):
     torch.manual_seed(0)
-    model = wake(make_fusion(config(fusion)))
-    if fusion != "none":
-        torch.nn.init.normal_(model.embedding.weight)
-    return model
+    return wake(make_fusion(config(fusion)))
 
 
 @pytest.fixture
@@ -80,6 +80,16 @@ def test_embedding_is_equation_4(batch):
     torch.testing.assert_close(h, rows @ model.project.weight.T + model.project.bias)
 
 
+def test_table_of_the_prior():
+    """Taken over up to its scale, and frozen all the same."""
+    model, prior = make("cross_attention"), 0.02 * torch.randn(K, 24)
+    table = model.embedding.weight
+    assert table.std().item() == pytest.approx(1, abs=0.1)  # without a prior: random, of the same size
+    model.copy_table(prior)
+    assert table.std().item() == pytest.approx(1, abs=1e-4) and not table.requires_grad
+    torch.testing.assert_close(table * prior.std(), prior)
+
+
 def test_prefix(batch):
     token = batch[1][:, None]
     for fusion, slots in (("none", range(P)), ("cross_attention", range(P)), ("qformer", range(2, P))):
@@ -99,7 +109,7 @@ def test_qformer_reads_all_codes_into_different_queries(batch):
 
 def test_cross_attention():
     """x + softmax(q k / sqrt(d)) v per head, by hand; each row on its own."""
-    layer = wake(make("cross_attention").cross_attention())
+    layer = wake(make("cross_attention").make_cross_attention())
     x, y = torch.randn(B, 5, D), torch.randn(B, L, D)
     a = layer.attention
     q = a.q(torch.nn.functional.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias, 1e-6)).view(B, 5, 2, 16)
@@ -109,7 +119,7 @@ def test_cross_attention():
     got = layer(x, a.keys_values(y))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer(x[:, 2:4], a.keys_values(y)), got[:, 2:4])
-    assert all(make(f).cross_attention() is None for f in ("none", "qformer"))
+    assert all(make(f).make_cross_attention() is None for f in ("none", "qformer"))
 
 
 def test_refusals(batch):

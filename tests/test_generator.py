@@ -1,4 +1,4 @@
-"""The masked generator: its sizes, what it may and may not see, its loss, and the iterative decoder around a fake head."""
+"""The masked generator: its sizes, what it may and may not see, its loss, and the iterative decoder."""
 import math
 from dataclasses import replace
 
@@ -12,8 +12,9 @@ from presets import PRESETS
 from prior import Prior
 from test_diffloss import on_meta, wake
 
-CONFIG = GeneratorConfig("none", dim=32, depth=2, heads=2, prefix=4, token_dim=3, grid=4, classes=5, head_depth=2, head_width=32,
-                         batch_mul=2, dropout=0.0, vocab=20, code_dim=24, queries=2, qformer_width=16, qformer_layers=1, qformer_heads=2)
+CONFIG = GeneratorConfig("none", dim=32, depth=2, heads=2, prefix=4, token_dim=3, grid=4, classes=5, head_depth=2,
+                         head_width=32, batch_mul=2, dropout=0.0, vocab=20, code_dim=24, queries=2, qformer_width=16,
+                         qformer_layers=1, qformer_heads=2)
 B, L, C, NULL = 3, 16, 3, CONFIG.classes
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 with_codes = pytest.mark.parametrize("fusion", [name for name in FUSIONS if name != "none"])
@@ -21,17 +22,15 @@ with_codes = pytest.mark.parametrize("fusion", [name for name in FUSIONS if name
 
 def make(fusion="none", **changes):
     torch.manual_seed(0)
-    model = wake(Generator(replace(CONFIG, fusion=fusion, **changes)))
-    if fusion != "none":
-        torch.nn.init.normal_(model.fusion.embedding.weight)
-    return model
+    return wake(Generator(replace(CONFIG, fusion=fusion, **changes)))
 
 
 @pytest.fixture
 def batch():
     """latents, classes, codes, and a mask that hides ten of sixteen positions, other ones in each image."""
     torch.manual_seed(1)
-    return torch.randn(B, L, C), torch.tensor([0, 3, NULL]), torch.randint(20, (B, L)), (torch.rand(B, L).argsort(1) < 10).float()
+    mask = (torch.rand(B, L).argsort(1) < 10).float()
+    return torch.randn(B, L, C), torch.tensor([0, 3, NULL]), torch.randint(20, (B, L)), mask
 
 
 def relative(a, b):
@@ -61,7 +60,7 @@ def test_meta_device(fusion):
     with torch.device("meta"):
         model, latents, mask = Generator(replace(CONFIG, fusion=fusion)), torch.empty(B, L, C), torch.empty(B, L)
         classes, codes = torch.zeros(B, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int64)
-    model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # counting the visible waits for the device
+    model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # the true one waits for the device
     with on_meta():
         assert model.encode(latents, classes, codes, mask).shape == (B, model.fusion.slots + 6, CONFIG.dim)
         assert model.hidden(latents, classes, codes, mask).shape == (B, L, CONFIG.dim)
@@ -110,7 +109,8 @@ def test_where_latents_go(batch):
     move = torch.randperm(L)  # the same picture, told in another order, with its positions
     for table in (model.encoder_positions, model.decoder_positions, model.output_positions):
         table.data[:, -L:] = table.data[:, -L:][:, move]
-    torch.testing.assert_close(model.hidden(latents[:, move], classes, None, mask[:, move]), z[:, move], rtol=1e-4, atol=1e-4)
+    moved = model.hidden(latents[:, move], classes, None, mask[:, move])
+    torch.testing.assert_close(moved, z[:, move], rtol=1e-4, atol=1e-4)
 
 
 @every_fusion
@@ -143,7 +143,8 @@ def test_loss_draws_its_own(batch, monkeypatch):
     for _ in range(50):
         model.loss(latents, classes, None)
     hidden = [len(x) // (2 * B) for x, _ in rows]
-    assert all(len(x) % (2 * B) == 0 for x, _ in rows) and min(hidden) == 12 and max(hidden) == 16  # ceil(0.7 * 16) = 12
+    assert all(len(x) % (2 * B) == 0 for x, _ in rows)
+    assert min(hidden) == 12 and max(hidden) == 16  # ceil(0.7 * 16) = 12
     t = torch.cat([t for _, t in rows])
     assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
     assert all(2 * len(x.unique(dim=0)) == len(x) for x, _ in rows)
@@ -178,7 +179,7 @@ def test_dropout_only_in_training(batch):
     assert not torch.equal(z(), z())
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("grid", [4, 8, 16])
 @pytest.mark.parametrize("iterations", ["1", "2", "L//4", "L"])

@@ -37,6 +37,7 @@ def generators(n):
 def test_parameter_count():
     with torch.device("meta"):
         assert sum(p.numel() for p in Prior(PriorConfig()).parameters()) == 110_888_448
+    assert [PriorConfig(dim=d).hidden for d in (1024, 1280, 1536)] == [2816, 3584, 4096]  # LlamaGen L, XL, XXL
 
 
 def test_meta_device():
@@ -50,7 +51,7 @@ def test_meta_device():
         assert model.generate(classes, greedy=True).shape == model.resample(codes, classes, uniform).shape == (B, L)
 
 
-# -------------------------------------------------------------------------------------------------------- positions
+# ------------------------------------------------------------------------------------------------------- positions
 
 def test_class_token_has_no_key_and_no_query(model):
     table = rope_table(4, 16)
@@ -61,7 +62,7 @@ def test_class_token_has_no_key_and_no_query(model):
     # so the first code gives the class token weight 1 / (1 + e^s), whatever the class token's key would have said
     block, x = model.blocks[0], torch.randn(1, 2, CONFIG.dim)
     q, k, v = block.wqkv(x).view(2, 3, 2, 16).unbind(1)                                # each [T, H, 16]
-    s = ((q[1] * k[1]).sum(-1) / 4)[:, None]                                           # a turn of both changes no product
+    s = ((q[1] * k[1]).sum(-1) / 4)[:, None]                                           # turning both changes nothing
     y = (v[0] + s.exp() * v[1]) / (1 + s.exp())
     torch.testing.assert_close(block.attend(x, model.rope[:2])[0, 1], block.wo(y.flatten()))
 
@@ -76,7 +77,8 @@ def test_attention_knows_distances_in_the_plane():
     assert torch.equal(q[0, 0, :8], q[0, 3, :8]) and torch.equal(q[0, 0, 8:], q[3, 0, 8:])  # half row, half column
     frequencies = torch.tensor([1, 10000**-0.25, 10000**-0.5, 10000**-0.75])
     angles = torch.cat([2 * frequencies, 3 * frequencies])
-    torch.testing.assert_close(table[1 + 4 * 2 + 3], torch.stack([angles.cos(), angles.sin()], dim=-1))  # row 2, column 3
+    row2_column3 = table[1 + 4 * 2 + 3]
+    torch.testing.assert_close(row2_column3, torch.stack([angles.cos(), angles.sin()], dim=-1))
 
 
 @pytest.mark.parametrize("i", [0, 7, L - 1])
@@ -89,7 +91,7 @@ def test_causal(model, batch, i):
     assert ((a - b)[:, i + 1:].abs().amax(-1) > 1e-3).all()
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------------- training
 
 def test_loss(model, batch):
     codes, classes = batch
@@ -106,12 +108,12 @@ def test_loss(model, batch):
 
 def test_dropout_only_in_training(model, batch):
     assert torch.equal(model(*batch), model(*batch))
-    assert not torch.equal(model.train()(*batch), model(*batch))
-    model.cfg = replace(CONFIG, dropout=0.0)
-    assert not torch.equal(model(*batch), model(*batch))  # the blocks drop too
-    for block in model.blocks:
-        block.dropout = 0.0
-    assert torch.equal(model(*batch), model(*batch))
+    model.train()
+    for embedded, blocks in ((0.5, 0.0), (0.0, 0.5), (0.0, 0.0)):  # either place drops
+        model.cfg = replace(CONFIG, dropout=embedded)
+        for block in model.blocks:
+            block.dropout = blocks
+        assert torch.equal(model(*batch), model(*batch)) == (embedded == blocks)
 
 
 def test_every_parameter_learns(batch):
@@ -128,7 +130,7 @@ def test_resample(model, batch):
     assert torch.equal(model.resample(codes, classes, uniform), want) and not torch.equal(want, codes)
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_cache_and_guidance(model, batch, monkeypatch, cfg):
@@ -137,7 +139,8 @@ def test_cache_and_guidance(model, batch, monkeypatch, cfg):
     monkeypatch.setattr(prior, "filter_logits", lambda logits, k, p: seen.append(logits) or filter_logits(logits, k, p))
     codes = model.generate(classes, cfg=cfg, temperature=0.7, generator=torch.Generator().manual_seed(0))
     logits, null = model(codes, classes), model(codes, torch.full_like(classes, NULL))
-    torch.testing.assert_close(torch.stack(seen, 1), ((null + cfg * (logits - null)) / 0.7)[:, :L], rtol=1e-4, atol=1e-4)
+    want = ((null + cfg * (logits - null)) / 0.7)[:, :L]
+    torch.testing.assert_close(torch.stack(seen, 1), want, rtol=1e-4, atol=1e-4)
     assert (seen[0] - null[:, 0]).abs().max() > 0.1  # else the class, and so guidance, would mean nothing
 
 
@@ -165,6 +168,13 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     assert torch.equal(together[:5], model.generate(classes[:5], cfg=2.0, generator=generators(5)))
 
 
+def test_every_code_has_a_number_of_its_own():
+    """A new prior finds all codes equally likely: its draws are its uniform numbers, in steps of 1/K."""
+    codes = Prior(CONFIG).eval().generate(torch.arange(B), cfg=2.0, generator=generators(B))
+    uniform = torch.stack([torch.rand(L, generator=g) for g in generators(B)])
+    assert torch.equal(codes, (uniform * CONFIG.vocab).long())
+
+
 def test_draw_follows_the_probabilities():
     p = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
     uniform = torch.arange(8000) / 8000
@@ -186,5 +196,5 @@ def test_filters():
     assert kept() == kept(top_k=9) == [True] * 4
     assert kept(top_k=2) == [False, True, False, True] and kept(top_k=1) == [False, True, False, False]
     assert kept(top_p=0.3) == [False, True, False, False]
-    assert kept(top_p=0.65) == kept(top_p=0.5) == [False, True, False, True]  # the one that carries the sum over p stays
+    assert kept(top_p=0.65) == kept(top_p=0.5) == [False, True, False, True]  # who carries the sum over p stays
     assert kept(top_p=0.75) == [False, True, True, True]

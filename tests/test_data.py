@@ -1,0 +1,338 @@
+"""data.py: the crop, reading images, classes, the cache, the order of training, the toy pictures."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import checkpoints
+import data
+from runtime import UserError
+from tokenizers import KL, VQ
+
+
+def smooth(width, height, channels=3, seed=0):
+    """A random smooth picture, uint8 [height, width, channels]."""
+    x = torch.rand(1, channels, 6, 6, generator=torch.Generator().manual_seed(seed))
+    x = F.interpolate(x, (height, width), mode="bicubic", align_corners=True).clamp(0, 1)
+    return (x[0] * 255).byte().permute(1, 2, 0).numpy()
+
+
+def make_folder(root, *folders, tsv=None):
+    """An image folder with one 32x32 picture in each of `folders`."""
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(smooth(32, 32, seed=i)).save(root / folder / "a.png")
+    if tsv is not None:
+        (root / "classes.tsv").write_text(tsv, encoding="utf-8")
+    return str(root)
+
+
+def open_cache(path):
+    return {name: np.load(os.path.join(path, f"{name}.npy")) for name in ("codes", "moments", "labels")}
+
+
+def assert_same_cache(a, b):
+    x, y = open_cache(a), open_cache(b)
+    for name in x:
+        assert np.array_equal(x[name], y[name]), name
+    assert data.read_header(a) == data.read_header(b)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+def crop_by_torch(image, size):
+    """ADM's crop in PyTorch: means of 2x2 squares, antialiased bicubic, a slice."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    while min(x.shape[2:]) >= 2 * size:
+        for pair in ((1, 2), (2, 1)):  # PIL rounds after each axis
+            x = (F.avg_pool2d(x, pair) + 0.5).floor()
+    H, W = x.shape[2:]
+    H, W = round(H * size / min(H, W)), round(W * size / min(H, W))
+    x = F.interpolate(x, (H, W), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (H - size) // 2, (W - size) // 2
+    return x[0, :, top:top + size, left:left + size].permute(1, 2, 0).clamp(0, 255).round().numpy()
+
+
+@pytest.mark.parametrize("width, height", [(100, 64), (64, 90), (97, 131), (400, 264), (200, 512), (40, 30), (63, 127), (64, 64)])
+def test_crop_equals_an_independent_one(width, height):
+    image = smooth(width, height)
+    got = np.asarray(data.center_crop(Image.fromarray(image), 64))
+    assert got.shape == (64, 64, 3)
+    assert abs(got - crop_by_torch(image, 64)).max() <= 1
+
+
+def test_crop_cuts_the_floor_of_half():
+    image = smooth(67, 64)
+    assert np.array_equal(data.center_crop(Image.fromarray(image), 64), image[:, 1:65])
+    image = smooth(64, 71)
+    assert np.array_equal(data.center_crop(Image.fromarray(image), 64), image[3:67])
+
+
+RGB = smooth(32, 32)
+GREY = RGB[..., 0]
+GREY3 = np.repeat(GREY[..., None], 3, 2)
+HALF = np.where(np.arange(32)[:, None] < 16, 0, 255).astype(np.uint8) + np.zeros((32, 32), np.uint8)  # alpha: top half transparent
+ON_WHITE = lambda x: np.where(HALF[..., None] > 0, x, 255)
+PALETTE = Image.fromarray(RGB).quantize(16)
+MODES = {
+    "rgb.png": (Image.fromarray(RGB), {}, RGB),
+    "rgba.png": (Image.fromarray(np.dstack([RGB, HALF])), {}, ON_WHITE(RGB)),
+    "la.png": (Image.fromarray(np.dstack([GREY, HALF])), {}, ON_WHITE(GREY3)),
+    "grey.png": (Image.fromarray(GREY), {}, GREY3),
+    "grey16.png": (Image.fromarray(GREY.astype(np.uint16) * 256 + 77), {}, GREY3),
+    "black_and_white.png": (Image.fromarray(HALF).convert("1"), {}, np.repeat(HALF[..., None], 3, 2)),
+    "palette.png": (PALETTE, {}, np.asarray(PALETTE.convert("RGB"))),
+    "rgba.webp": (Image.fromarray(np.dstack([RGB, HALF])), {"lossless": True, "exact": True}, ON_WHITE(RGB)),
+    "rgb.webp": (Image.fromarray(RGB), {"lossless": True}, RGB),
+    "rgb.jpg": (Image.fromarray(RGB), {"quality": 100, "subsampling": 0}, RGB),
+    "cmyk.jpg": (Image.fromarray(RGB).convert("CMYK"), {"quality": 100, "subsampling": 0}, RGB),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_rgb(tmp_path, name):
+    image, options, want = MODES[name]
+    image.save(tmp_path / name, **options)
+    got = data.read_image(str(tmp_path / name), 32)
+    assert got.dtype == np.uint8 and got.shape == (3, 32, 32)
+    error = abs(got.transpose(1, 2, 0).astype(int) - want).max()
+    assert error <= (12 if name.endswith(".jpg") else 0)
+
+
+def test_transparent_colours(tmp_path):
+    """Transparency by a colour key, which PNG allows for palettes, RGB and grey of 8 and 16 bits, falls on white as well."""
+    black = np.zeros((32, 32), np.uint8)
+    for name, image, key in [("rgb", Image.new("RGB", (32, 32), (1, 2, 3)), (1, 2, 3)), ("grey", Image.fromarray(black), 0),
+                             ("palette", Image.fromarray(black).convert("P"), 0)]:
+        image.save(tmp_path / f"{name}.png", transparency=key)
+        assert data.read_image(str(tmp_path / f"{name}.png"), 32).min() == 255, name
+    Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / "grey16.png", transparency=5)  # a grey that no pixel has
+    assert np.array_equal(data.read_image(str(tmp_path / "grey16.png"), 32)[0], GREY)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_broken_files_are_none(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert data.read_image(str(tmp_path / "a.png"), 32) is None
+
+
+def test_truncated_files_are_none(tmp_path):
+    for name in ("a.png", "a.jpg", "a.webp"):
+        Image.fromarray(smooth(90, 90)).save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2])
+        assert data.read_image(str(tmp_path / name), 32) is None, name
+
+
+def test_pixels_map_to_minus_one_and_one():
+    assert data.to_float(np.array([0, 51, 255], np.uint8)).tolist() == pytest.approx([-1, -0.6, 1])
+
+
+# ----------------------------------------------------------------------------------------------------------- classes
+
+def test_folders_count_in_sorted_order(tmp_path):
+    root = make_folder(tmp_path, "n02099601", "n01440764", "n01443537")
+    paths, labels, classes = data.find_images(root)
+    assert classes == [[0, "n01440764"], [1, "n01443537"], [2, "n02099601"]]
+    assert paths == ["n01440764/a.png", "n01443537/a.png", "n02099601/a.png"] and labels == [0, 1, 2]
+
+
+def test_classes_tsv_gives_ids_names_and_order(tmp_path):
+    root = make_folder(tmp_path, "cat", "zoo", tsv="folder\tid\tname\nzoo\t9\tWeiße Löwen\nabsent\t4\tnone\ncat\t207\tgolden cat\n")
+    paths, labels, classes = data.find_images(root)
+    assert classes == [[9, "Weiße Löwen"], [207, "golden cat"]]
+    assert dict(zip(paths, labels)) == {"zoo/a.png": 0, "cat/a.png": 1}
+
+
+def test_other_files_are_no_images(tmp_path):
+    root = make_folder(tmp_path, "cat")
+    for name in ("cat/notes.txt", "cat/.DS_Store", "list.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".cache").mkdir()
+    shutil.copy(tmp_path / "cat/a.png", tmp_path / "cat/B.PNG")
+    assert data.find_images(root)[0] == ["cat/B.PNG", "cat/a.png"]
+
+
+def test_splits_are_no_classes(tmp_path):
+    with pytest.raises(UserError, match="splits.*train"):
+        data.find_images(make_folder(tmp_path, "train/cat", "val/cat"))
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+def test_cache_holds_both_views_and_labels(toy):
+    """The first two chunks again: the tokenizers see the picture and its mirror image, codes and moments go together."""
+    a = open_cache(toy.cache)
+    paths, labels, classes = data.find_images(toy.images)
+    models = []
+    for kind, module in (("vq", VQ), ("kl", KL)):
+        config, state = checkpoints.load(os.path.join(toy.run, f"{kind}.pt"), kind)
+        models.append(module(config).eval())
+        models[-1].load_state_dict(state)
+    vq, kl = models
+    for start in (0, 64):
+        pixels = np.stack([data.read_image(os.path.join(toy.images, p), 32) for p in paths[start:start + 64]])
+        for view, images in enumerate((pixels, pixels[..., ::-1])):
+            x = data.to_float(images)
+            assert np.array_equal(vq.encode(x).numpy(), a["codes"][start:start + 64, view])
+            np.testing.assert_allclose(kl.encode(x).detach().numpy(), a["moments"][start:start + 64, view], rtol=2e-3, atol=2e-3)
+    assert (a["codes"][:, 0] != a["codes"][:, 1]).any()
+    assert a["labels"].tolist() == labels
+    # write_toy puts class i % 10 of picture i into its name: an independent way to the label
+    assert labels == [int(os.path.basename(p)[:6]) % 10 for p in paths]
+    assert data.read_header(toy.cache)["classes"] == classes
+
+
+def test_batch_takes_codes_and_moments_of_one_view(toy):
+    cache, a = data.Cache(toy.cache, seed=3), open_cache(toy.cache)
+    codes, moments, classes = cache.batch(range(200))
+    images, views = data.Order(np.arange(130), 3)(range(200))
+    assert codes.dtype == torch.int64 and len(cache) == 130 and 0 < views.mean() < 1
+    for n, (i, view) in enumerate(zip(images, views)):
+        assert np.array_equal(codes[n], a["codes"][i, view]) and np.array_equal(moments[n], a["moments"][i, view])
+        assert classes[n] == a["labels"][i]
+
+
+def test_scale_is_one_over_std_of_sampled_latents(toy):
+    a, header = open_cache(toy.cache), data.read_header(toy.cache)
+    kl = KL(data.checkpoints.load(os.path.join(toy.run, "kl.pt"), "kl")[0])
+    moments = torch.from_numpy(a["moments"]).flatten(0, 1)
+    latents = kl.sample(moments, generator=torch.Generator().manual_seed(0)) / kl.cfg.scale
+    assert header["scale"] == pytest.approx(1 / float(latents.std()), rel=0.01)
+    assert abs(1 / float(moments[:, :8].float().std()) / header["scale"] - 1) > 1e-3  # the mean alone would not do
+
+
+def test_stopped_and_run_again_gives_the_same_cache(toy, tmp_path, script, works, monkeypatch):
+    out, encode, calls = str(tmp_path / "cache"), VQ.encode, []
+
+    def stop_in_second_chunk(self, images):
+        calls.append(1)
+        if len(calls) == 3:  # two views a chunk
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    command = ("data", "--images", toy.images, "--run", toy.run, "--out", out)
+    with monkeypatch.context() as m:
+        m.setattr(VQ, "encode", stop_in_second_chunk)
+        assert script(*command).code == 130
+    assert np.load(f"{out}/done.npy").tolist() == [1, 0, 0]
+    with pytest.raises(UserError, match="not complete"):
+        data.Cache(out)
+    works(*command)
+    assert_same_cache(out, toy.cache)
+
+
+def test_only_chunks_that_are_not_done_are_written(toy, tmp_path, works):
+    out = shutil.copytree(toy.cache, tmp_path / "cache")
+    done, codes = np.load(out / "done.npy", mmap_mode="r+"), np.load(out / "codes.npy", mmap_mode="r+")
+    done[1] = 0
+    codes[:] = 0
+    header = json.loads((out / "header.json").read_text())
+    data.write_header(str(out), {k: v for k, v in header.items() if k not in ("checksum", "scale", "unreadable")} | {"complete": False})
+    works("data", "--images", toy.images, "--run", toy.run, "--out", out)
+    want = np.load(os.path.join(toy.cache, "codes.npy"))
+    want[:64] = want[128:] = 0
+    assert np.array_equal(np.load(out / "codes.npy"), want)
+
+
+@pytest.mark.parametrize("name, lost", [("codes", 3000), ("moments", 1)])
+def test_truncated_array_is_never_filled_with_zeros(toy, tmp_path, script, name, lost):
+    """A cache with a file that lost its end is refused, or made again; running data.py must not complete it with zeros."""
+    out = str(shutil.copytree(toy.cache, tmp_path / "cache"))
+    os.truncate(f"{out}/{name}.npy", os.path.getsize(f"{out}/{name}.npy") - lost)
+    if script("data", "--images", toy.images, "--run", toy.run, "--out", out).code == 0:
+        assert_same_cache(out, toy.cache)
+
+
+def test_two_ranks_make_the_same_cache(toy, tmp_path, two_ranks):
+    out = str(tmp_path / "cache")
+    two_ranks("data", "--images", toy.images, "--run", toy.run, "--out", out)
+    assert_same_cache(out, toy.cache)
+
+
+@pytest.fixture
+def damaged(toy, tmp_path):
+    """damaged(n): the toy images with n of 130 files broken -> folder, the broken paths."""
+    def damage(n):
+        root = shutil.copytree(toy.images, tmp_path / "images")
+        broken = data.find_images(str(root))[0][3:3 + n]
+        for path in broken:
+            (root / path).write_bytes(b"broken")
+        return str(root), broken
+    return damage
+
+
+def test_unreadable_images_are_skipped_and_counted(toy, tmp_path, works, damaged):
+    (images, broken), out = damaged(1), str(tmp_path / "cache")
+    assert "129 images, 1 unreadable" in works("data", "--images", images, "--run", toy.run, "--out", out)
+    cache = data.Cache(out)
+    assert len(cache) == 129 and cache.header["unreadable"] == broken
+    images, _ = cache.order(range(2 * 129))
+    assert 3 not in images and len(set(images)) == 129
+    a, b = open_cache(out), open_cache(toy.cache)
+    keep = np.arange(130) != 3
+    assert a["labels"][3] == -1 and np.array_equal(a["labels"][keep], b["labels"][keep])
+    assert (a["codes"][keep] == b["codes"][keep]).mean() > 0.99  # another batch size, other rounding
+
+
+def test_more_than_one_percent_unreadable_stops(toy, tmp_path, script, works, damaged):
+    (images, broken), out = damaged(2), str(tmp_path / "cache")
+    command = ("data", "--images", images, "--run", toy.run, "--out", out)
+    result = script(*command)
+    assert result.code == 1 and "2 of 130 images cannot be read" in result.err and broken[0] in result.err
+    with pytest.raises(UserError, match="not complete"):
+        data.Cache(out)
+    for path in broken:  # what the sentence tells to do
+        shutil.copy(os.path.join(toy.images, path), os.path.join(images, path))
+    shutil.rmtree(out)
+    works(*command)
+    assert_same_cache(out, toy.cache)
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+def test_every_epoch_is_another_permutation_with_other_flips():
+    images = np.array([4, 7, 9, 11, 30, 31, 32, 33, 34, 35])
+    order = data.Order(images, seed=0)
+    epochs = [order(range(10 * e, 10 * e + 10)) for e in range(20)]
+    for got, _ in epochs:
+        assert sorted(got) == sorted(images)
+    assert len({tuple(got) for got, _ in epochs}) == 20
+    views = np.array([[v for _, v in sorted(zip(*epoch))] for epoch in epochs])  # [epoch, image]
+    assert set(views.flatten()) == {0, 1} and (views.min(0) < views.max(0)).all()  # no image keeps one view for ever
+
+
+def test_order_depends_on_seed_and_number_alone():
+    a, b = data.Order(np.arange(50), 1), data.Order(np.arange(50), 1)
+    whole = np.stack(a(range(200)))
+    pieces = np.concatenate([np.stack(b(range(i, i + 20))) for i in (180, 0, 100, 20)], axis=1)  # any order of asking
+    assert np.array_equal(pieces, whole[:, np.r_[180:200, 0:20, 100:120, 20:40]])
+    assert not np.array_equal(whole, np.stack(data.Order(np.arange(50), 2)(range(200))))
+
+
+def test_ahead_keeps_the_order():
+    assert list(data.ahead(lambda s: s * s, range(20))) == [s * s for s in range(20)]
+    assert list(data.ahead(lambda s: s, [])) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- toy
+
+def test_toy_pictures_do_not_depend_on_their_number(toy, tmp_path, works):
+    works("data", "--toy", 12, "--out", tmp_path)
+    paths, labels, classes = data.find_images(str(tmp_path))
+    assert len(paths) == 12 and len(classes) == 10 and classes[7] == [7, "cold triangle"]
+    for path in paths:
+        a, b = (np.asarray(Image.open(os.path.join(root, path))) for root in (tmp_path, toy.images))
+        assert a.shape == (64, 64, 3) and np.array_equal(a, b)
+
+
+def test_toy_pictures_vary():
+    pictures = [np.asarray(data.toy_picture(k, np.random.default_rng(i))).astype(int) for k in range(10) for i in range(2)]
+    for i, a in enumerate(pictures):
+        for b in pictures[:i]:
+            assert abs(a - b).mean() > 1

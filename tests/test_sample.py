@@ -1,0 +1,244 @@
+"""sample.py: what a picture depends on, classes, files and grids, and that no broken model gives a picture."""
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import sample
+from runtime import UserError
+
+QUICK = ("--iterations", 4, "--steps", 6)
+
+
+@pytest.fixture(scope="module")
+def run(toy):
+    return sample.load_run(toy.run)
+
+
+@pytest.fixture(scope="module")
+def files(toy, works, tmp_path_factory):
+    """Nine pictures of two classes as files -> folder."""
+    out = tmp_path_factory.mktemp("files")
+    works("sample", "--run", toy.run, "--class", "1,warm_ring", "--num", 9, "--out", out, "--batch", 4, *QUICK)
+    return out
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def tree(folder):
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*.png"))
+
+
+def edit(run, kind, change):
+    """Changes the content of RUN/kind.pt and writes it with a right checksum."""
+    content = checkpoints.read(f"{run}/{kind}.pt")
+    del content["checksum"]
+    change(content)
+    checkpoints.write(f"{run}/{kind}.pt", content)
+
+
+# ------------------------------------------------------------------------------------------ what a picture depends on
+
+def test_picture_does_not_depend_on_the_batch(run):
+    together = sample.generate(run, range(7), seed=5)
+    assert together.images.shape == together.coarse.shape == (7, 3, 32, 32) and together.images.dtype == torch.uint8
+    for i in range(7):
+        alone = sample.generate(run, [i], seed=5, indices=[i])
+        assert torch.equal(alone.codes[0], together.codes[i])
+        for a, b in ((alone.images, together.images), (alone.coarse, together.coarse)):
+            assert (a[0].int() - b[i].int()).abs().max() <= 1  # a grey level: kernels round differently at another batch size
+
+
+def test_seed_index_and_class_change_the_picture(run):
+    base = sample.generate(run, [3], seed=0).images.int()
+    assert torch.equal(base, sample.generate(run, [3], seed=0).images.int())
+    for other in (sample.generate(run, [3], seed=1), sample.generate(run, [3], seed=0, indices=[1])):
+        assert (base - other.images.int()).abs().float().mean() > 2
+    assert not torch.equal(base, sample.generate(run, [8], seed=0).images.int())
+
+
+def test_coarse_is_the_decoded_codes(run):
+    out = sample.generate(run, [0, 5])
+    assert torch.equal(out.coarse, sample.to_uint8(run.vq.decode(out.codes)))
+    assert out.codes.min() >= 0 and out.codes.max() < run.vq.cfg.codebook_size
+
+
+def test_progress_adds_up_to_one(run):
+    shares = []
+    sample.generate(run, [0, 1], sampling=replace(run.sampling, iterations=4, steps=4), progress=shares.append)
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+
+
+def test_every_setting_changes_the_picture(run):
+    """No flag is parsed and then ignored."""
+    s = replace(run.sampling, iterations=4, steps=6, cfg=3.0)
+    base = sample.generate(run, [0, 1, 2], sampling=s).images
+    for name, value in dict(iterations=5, steps=7, cfg=2.0, schedule="constant", temperature=0.5, prior_cfg=8.0, prior_temperature=9.0,
+                            top_k=1, top_p=0.1, t_max=700).items():
+        other = sample.generate(run, [0, 1, 2], sampling=replace(s, **{name: value})).images
+        assert not torch.equal(other, base), name
+
+
+# ------------------------------------------------------------------------------------------------------------ classes
+
+def test_class_by_id_and_by_name(run):
+    for text in ("8", " 8 ", "cold ring", "Cold Ring", "cold_ring"):
+        assert sample.find_classes(run.classes, text) == [8]
+    assert sample.find_classes(run.classes, "all") == list(range(10)) and sample.find_classes(run.classes, "8, warm_ring") == [8, 3]
+    imagenet = [[207, "golden retriever"], [0, "tench, Tinca tinca"], [134, "crane"], [517, "crane"]]
+    assert sample.find_classes(imagenet, "207") == [0] and sample.find_classes(imagenet, "tench, Tinca tinca") == [1]
+    with pytest.raises(UserError, match="several classes; give one of the ids 134, 517"):
+        sample.find_classes(imagenet, "crane")
+    with pytest.raises(UserError, match="no class 'dog'; it knows: 0 warm disc, 1 warm square.*9 cold cross"):
+        sample.find_classes(run.classes, "dog")
+    with pytest.raises(UserError, match=r"39 c39, \.\.\.$"):
+        sample.find_classes([[i, f"c{i}"] for i in range(1000)], "dog")
+
+
+def test_id_and_name_on_the_command_line(toy, works, tmp_path):
+    for out, text in (("id.png", "8"), ("name.png", "cold ring")):
+        works("sample", "--run", toy.run, "--class", text, "--num", 2, "--out", tmp_path / out, *QUICK)
+    assert np.array_equal(pixels(tmp_path / "id.png"), pixels(tmp_path / "name.png"))
+
+
+def test_external_ids_name_the_folders(copy_run, works, tmp_path):
+    """A run whose class 3 has the id 207 elsewhere."""
+    run = copy_run()
+    edit(run, "generator", lambda content: content["classes"].__setitem__(3, [207, "golden retriever"]))
+    works("sample", "--run", run, "--class", "golden retriever", "--num", 1, "--out", tmp_path / "out", *QUICK)
+    assert tree(tmp_path / "out") == ["207/000000.png"]
+
+
+# --------------------------------------------------------------------------------------------------- grids and files
+
+def test_grid_places_pictures():
+    images = (torch.arange(5)[:, None, None, None] * 10).expand(5, 3, 4, 6).to(torch.uint8)
+    out = np.asarray(sample.grid(images, 3))
+    assert out.shape == (10, 22, 3)
+    for i in range(5):
+        y, x = i // 3 * 6, i % 3 * 8
+        assert (out[y:y + 4, x:x + 6] == i * 10).all()
+    assert (out[4:6] == 255).all() and (out[6:, 16:] == 255).all()
+
+
+def test_to_uint8_rounds():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5 / 127.5, 1.0, 3.0])
+    assert sample.to_uint8(x).tolist() == [0, 0, 0, 128, 128, 255, 255]
+    with pytest.raises(UserError, match="not finite"):
+        sample.to_uint8(torch.tensor([0.0, float("inf")]))
+
+
+def test_files_and_grid_hold_the_same_pictures(toy, works, files, run, tmp_path):
+    assert tree(files) == [f"1/{i:06d}.png" for i in range(0, 9, 2)] + [f"3/{i:06d}.png" for i in range(1, 9, 2)]
+    works("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", tmp_path / "grid.png", *QUICK)
+    grid = pixels(tmp_path / "grid.png")
+    for i in range(9):  # one class a row
+        y, x = i % 2 * 34, i // 2 * 34
+        assert abs(grid[y:y + 32, x:x + 32] - pixels(files / str((1, 3)[i % 2]) / f"{i:06d}.png")).max() <= 1
+    s = replace(run.sampling, iterations=4, steps=6)
+    want = sample.generate(run, [3], 0, [7], s).images[0].permute(1, 2, 0).numpy()
+    assert abs(pixels(files / "3/000007.png") - want).max() <= 1
+
+
+def test_one_class_a_row_for_any_number(toy, works, tmp_path):
+    """Seven pictures of three classes: rows of three, two and two, each filled from the left."""
+    for out in ("grid.png", "files"):
+        works("sample", "--run", toy.run, "--class", "0,4,8", "--num", 7, "--out", tmp_path / out, *QUICK)
+    grid = pixels(tmp_path / "grid.png")
+    for i in range(7):
+        y, x = i % 3 * 34, i // 3 * 34
+        assert abs(grid[y:y + 32, x:x + 32] - pixels(tmp_path / "files" / str((0, 4, 8)[i % 3]) / f"{i:06d}.png")).max() <= 1, i
+
+
+def test_all_classes(toy, works, tmp_path):
+    works("sample", "--run", toy.run, "--class", "all", "--num", 20, "--out", tmp_path / "out", "--iterations", 1, "--steps", 2)
+    assert tree(tmp_path / "out") == sorted(f"{i % 10}/{i:06d}.png" for i in range(20))
+
+
+def test_running_again_writes_only_what_is_missing(toy, works, tmp_path):
+    command = ("sample", "--run", toy.run, "--class", "1,3", "--num", 6, "--out", tmp_path, *QUICK)
+    works(*command)
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*.png")}
+    lost = tmp_path / "1/000004.png"
+    lost.unlink()
+    works(*command)
+    for p, (time, content) in before.items():
+        if p != lost:
+            assert p.stat().st_mtime_ns == time
+    assert abs(pixels(lost) - pixels(io.BytesIO(before[lost][1]))).max() <= 1
+    assert len(before) == 6 and tree(tmp_path) == sorted(str(p.relative_to(tmp_path)) for p in before)
+
+
+def test_folder_of_other_pictures_is_refused(toy, files, script, works):
+    """Running again with another seed or setting would mix two sets of pictures; more pictures of the same set are fine."""
+    command = ("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", files, *QUICK)
+    before = tree(files)
+    for other in (("--seed", 1), ("--cfg", 3), ("--class", "3,1"), ("--show-coarse",)):
+        result = script(*command, *other)
+        assert result.code == 1 and "choose another --out" in result.err, other
+    works(*command)
+    assert tree(files) == before
+
+
+def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
+    works("sample", "--run", toy.run, "--class", "2", "--num", 1, "--out", tmp_path, "--show-coarse", *QUICK)
+    picture = pixels(tmp_path / "2/000000.png")
+    assert picture.shape == (32, 64, 3)
+    out = sample.generate(run, [2], sampling=replace(run.sampling, iterations=4, steps=6))
+    assert np.array_equal(picture[:, :32], out.coarse[0].permute(1, 2, 0)) and np.array_equal(picture[:, 32:], out.images[0].permute(1, 2, 0))
+
+
+def test_two_ranks_write_the_same_files(toy, files, two_ranks, tmp_path):
+    two_ranks("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", tmp_path, *QUICK)
+    assert tree(tmp_path) == tree(files)
+    for name in tree(files):
+        assert abs(pixels(tmp_path / name) - pixels(files / name)).max() <= 1
+
+
+def test_dry_run_writes_nothing(toy, works, tmp_path):
+    out = works("sample", "--run", toy.run, "--class", "all", "--out", tmp_path / "out", "--dry-run", "--cfg", 2.5)
+    assert not (tmp_path / "out").exists() and "cfg 2.5" in out and "80 pictures of 10 classes" in out
+
+
+# ------------------------------------------------------------------------------------------------------- broken models
+
+@pytest.mark.parametrize("kind, tensor", [("generator", "mask_token"), ("kl", "decoder.conv_in.weight"), ("vq", "decoder.conv_in.weight"),
+                                          ("prior", "norm.weight"), ("prior", "output.weight")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_give_no_picture(copy_run, script, tmp_path, kind, tensor, value):
+    run = copy_run()
+    edit(run, kind, lambda content: content["state"][tensor].view(-1)[:1].fill_(value))
+    for other in ("prior", "generator"):  # which otherwise say that this is not the tokenizer they were trained with
+        edit(run, other, lambda content: content.pop("tokenizers"))
+    result = script("sample", "--run", run, "--class", "1", "--num", 2, "--out", tmp_path / "a.png", *QUICK)
+    assert result.code == 1 and "finite" in result.err and not (tmp_path / "a.png").exists()
+    assert "Traceback" not in result.err
+
+
+def test_files_that_do_not_belong_together(copy_run):
+    run = copy_run()
+    config, state = checkpoints.load(f"{run}/vq.pt", "vq")
+    checkpoints.save(f"{run}/vq.pt", "vq", config, {k: v + 0.01 for k, v in state.items()})
+    with pytest.raises(UserError, match="vq.pt is not the tokenizer that the others were trained with"):
+        sample.load_run(run)
+    run = copy_run()
+    config, state = checkpoints.load(f"{run}/prior.pt", "prior")
+    checkpoints.save(f"{run}/prior.pt", "prior", replace(config, grid=5), state)
+    with pytest.raises(UserError, match="do not belong together: prior.pt has 25 tokens"):
+        sample.load_run(run)
+
+
+def test_run_takes_what_the_files_recommend(copy_run):
+    """Sampling, classes and the latent scale come with generator.pt, and win over kl.pt's scale."""
+    run = copy_run()
+    edit(run, "generator", lambda content: content["sampling"].update(iterations=3))
+    edit(run, "generator", lambda content: content.update(latent_scale=0.125))
+    loaded = sample.load_run(run)
+    assert loaded.sampling.iterations == 3 and loaded.kl.cfg.scale == 0.125 and loaded.classes[9] == [9, "cold cross"]
