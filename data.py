@@ -2,7 +2,7 @@
 
     python data.py --images DIR --run RUN --out CACHE     tokenise an image folder with the tokenizers of RUN
     python data.py --toy 4000 --out DIR                   write toy pictures as an image folder, 10 classes of 64x64
-    torchrun --nproc_per_node=8 data.py --images ...      the same over 8 GPUs; run again after a stop, it goes on
+    torchrun --nproc_per_node=8 -- data.py --images ...   the same over 8 GPUs; run again after a stop, it goes on
 
 An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and
 names; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.

@@ -164,6 +164,8 @@ class Prior(nn.Module):
         cfg: guidance, u + cfg * (c - u) on the logits; at 1 or below the null branch is left away. generator: a
         torch.Generator, or a list of B, one per image. progress: called after every code. In eval mode.
         """
+        if temperature <= 0:
+            raise ValueError("the temperature must be above 0; greedy=True takes the likeliest codes")
         B, L, device = len(classes), self.cfg.grid**2, classes.device
         uniform = torch.zeros(B, L, device=device) if greedy else randoms(B, L, generator, device)
         branches = 2 if cfg > 1 else 1

@@ -6,7 +6,7 @@
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
     torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
 
-The last command, run again, writes what is missing.
+The last command, run again, writes what is missing. With --run it needs two dashes: torchrun ... -- sample.py ...
 
 A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
 Other flags override what the run recommends (`presets.Sampling`).

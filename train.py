@@ -10,11 +10,12 @@
     python train.py --stage 2 --preset tiny --data data/tiny --run runs/tiny
     torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
 
-The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), train-N.pt (what
-resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch = images per
-rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole global batch,
-of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (but for dropout, which also depends on the
-rank), and resumes without any generator's state.
+With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
+own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights),
+train-N.pt (what resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch
+= images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole
+global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (but for dropout, which also
+depends on the rank), and resumes without any generator's state.
 """
 import argparse
 import math
@@ -373,7 +374,7 @@ def main():
         start = (k * world.size + world.rank) * micro
         return slice(start, start + micro)
 
-    passes = [(step, k) for step in range(first, steps) for k in range(args.accumulate)]
+    passes = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
     batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",

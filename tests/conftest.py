@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def run_in_process(name, *args):
-    """`python NAME.py ARGS` without a new process -> code, out, err. An escaped exception is the traceback a user would see."""
+    """`python NAME.py ARGS` without a new process -> code, out, err. What escapes is the traceback a user would see."""
     import runtime
     argv, out, err = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = [f"{name}.py", *map(str, args)]
@@ -55,8 +55,9 @@ def two_ranks():
     """two_ranks("train", ...): torchrun with two processes on this CPU (gloo); must succeed."""
     def run(name, *args):
         # `--`: without it torchrun takes our --run for an abbreviation of its own --run-path
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(ROOT / f"{name}.py")]
-        result = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300,
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+        command = [*torchrun, str(ROOT / f"{name}.py"), *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -65,10 +66,11 @@ def two_ranks():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory, works):
-    """A run of preset toy through all stages: paths `images`, `cache`, `run`. To be read, never written; `copy_run` is for that."""
+    """A run of preset toy through all stages: paths `images`, `cache`, `run`. Only read; to write, `copy_run`."""
     root = tmp_path_factory.mktemp("toy")
     images, cache, run = str(root / "images"), str(root / "cache"), str(root / "run")
-    train = lambda stage, data, *more: works("train", "--stage", stage, "--preset", "toy", "--data", data, "--run", run, *more)
+    train = lambda stage, data, *more: works("train", "--stage", stage, "--preset", "toy", "--data", data,
+                                             "--run", run, *more)
     works("data", "--toy", 130, "--out", images)  # 130: three chunks of the cache
     train(0, images, "--steps", 16, "--batch", 8, "--grid-every", 0)
     works("data", "--images", images, "--run", run, "--out", cache)
@@ -79,7 +81,7 @@ def toy(tmp_path_factory, works):
 
 @pytest.fixture
 def copy_run(toy, tmp_path):
-    """copy_run("vq", "kl") -> path of a new run directory with these files of the toy run; all four weight files by default."""
+    """copy_run("vq", "kl") -> path of a run directory with these files of the toy run; by default all four."""
     def copy(*kinds):
         target = tmp_path / "run"
         target.mkdir(exist_ok=True)

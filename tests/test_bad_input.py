@@ -1,7 +1,7 @@
 """What users get wrong: exit code 1 or 2 and one sentence that names the thing, never a traceback.
 
-Each case below is a function from the test's means (`c.toy`, `c.new`, `c.copy_run`, ...) to a command line, with words that the
-sentence must contain.
+Each case below is a function from the test's means (`c.toy`, `c.new`, `c.copy_run`, ...) to a command line, with words
+that the sentence must contain.
 """
 import argparse
 import json
@@ -16,9 +16,9 @@ import torch
 
 import checkpoints
 import data
-from generator import Generator, GeneratorConfig
+from generator import Generator
 from prior import Prior, PriorConfig
-from test_checkpoints import Attack, official
+from test_checkpoints import TINY_MAR, Attack, official
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 CASES = {}
@@ -35,7 +35,8 @@ def case(*words):
 def test_one_sentence(name, toy, tmp_path, copy_run, script):
     make, words = CASES[name]
     (tmp_path / "file").write_text("a file, no folder")
-    command = make(SimpleNamespace(toy=toy, tmp=tmp_path, copy_run=copy_run, new=str(tmp_path / "new"), file=str(tmp_path / "file")))
+    paths = {"new": str(tmp_path / "new"), "file": str(tmp_path / "file")}
+    command = make(SimpleNamespace(toy=toy, tmp=tmp_path, copy_run=copy_run, **paths))
     result = script(*command)
     assert result.code in (1, 2) and "Traceback" not in result.err, result.err
     said = [line for line in result.err.splitlines() if line.startswith(f"{command[0]}.py: ")]
@@ -47,8 +48,9 @@ def test_one_sentence(name, toy, tmp_path, copy_run, script):
 
 def train(c, stage, *more, data=None, run=None):
     default = c.toy.cache if stage else c.toy.images
-    return ("train", "--stage", stage, "--preset", "toy", "--data", data or default, "--run", run or c.copy_run("vq", "kl", "prior"),
-            "--steps", 1, "--grid-every", 0, *more)
+    run = run or c.copy_run("vq", "kl", "prior")
+    return ("train", "--stage", stage, "--preset", "toy", "--data", data or default, "--run", run, "--steps", 1,
+            "--grid-every", 0, *more)
 
 
 def sample(c, *more, run=None):
@@ -319,10 +321,10 @@ def foreign_training_state(c):
 
 
 INCOMPLETE = {
-    "vq": (VQ, VQConfig(32, (1, 2), 32, 16), r"decoder\.mid"), "kl": (KL, KLConfig(32, (1, 2), 4), r"encoder\.down\.1\.block\.0\.conv1"),
+    "vq": (VQ, VQConfig(32, (1, 2), 32, 16), r"decoder\.mid"),
+    "kl": (KL, KLConfig(32, (1, 2), 4), r"encoder\.down\.1\.block\.0\.conv1"),
     "prior": (Prior, PriorConfig(dim=64, layers=2, heads=1, vocab=8, grid=4), r"layers\.0\.attention\.wo"),
-    "generator": (Generator, GeneratorConfig("none", dim=64, depth=1, heads=1, prefix=4, grid=4, head_depth=1, head_width=64),
-                  r"encoder_norm\.")}
+    "generator": (Generator, TINY_MAR, r"encoder_norm\.")}
 
 
 def incomplete(kind):
@@ -357,7 +359,9 @@ def class_id_out_of_range(c):
 def flags(script, words, *values):
     """One case per list of flags, added to a command that is right without them."""
     for value in values:
-        make = lambda c, value=value: {"train": train(c, 2), "sample": sample(c), "data": tokenise(c)}[script] + tuple(value.split())
+        def make(c, value=value):
+            command = train(c, 2) if script == "train" else sample(c) if script == "sample" else tokenise(c)
+            return *command, *value.split()
         make.__name__ = f"{script} {value}"
         case(*words)(make)
 
@@ -370,7 +374,8 @@ flags("sample", ["temperature"], "--prior-temperature 0", "--temperature -1", "-
 flags("sample", ["--top-"], "--top-k -1", "--top-p 0", "--top-p 1.5")
 flags("sample", ["at least 1"], "--num 0", "--batch 0")
 flags("sample", ["give a folder"], "--num 257")
-flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0", "--save-every 0")
+flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
+      "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
 flags("train", ["does not divide", "change --batch"], "--batch 15 --accumulate 2", "--accumulate 32")
 flags("train", ["--stage"], "--stage 3")

@@ -105,6 +105,17 @@ def test_timesteps():
     assert all(low <= high + 1e-9 for low, high in zip(s.min_logvar[1:], s.max_logvar[1:]))
 
 
+def test_time_embedding(head):
+    """Cosines, then sines, of the timestep at frequencies from 1 down to almost 1/10000."""
+    head.net.time = nn.Identity()
+    y = head.net.embed_time(torch.tensor([0, 700]))
+    assert y[0].tolist() == [1.0] * 128 + [0.0] * 128
+    for i in (0, 64, 127):
+        angle = 700 * 10000 ** (-i / 128)
+        want = torch.tensor([math.cos(angle), math.sin(angle)])
+        torch.testing.assert_close(y[1, [i, 128 + i]], want, rtol=1e-3, atol=1e-4)
+
+
 class ExactNet(nn.Module):
     """Says exactly which noise leads from x0 to x_t. Stands in for HeadNet; a modulation is the timestep itself."""
 

@@ -60,13 +60,13 @@ def test_meta_device(fusion):
     with torch.device("meta"):
         model, latents, mask = Generator(replace(CONFIG, fusion=fusion)), torch.empty(B, L, C), torch.empty(B, L)
         classes, codes = torch.zeros(B, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int64)
-    model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # the true one waits for the device
     with on_meta():
-        assert model.encode(latents, classes, codes, mask).shape == (B, model.fusion.slots + 6, CONFIG.dim)
-        assert model.hidden(latents, classes, codes, mask).shape == (B, L, CONFIG.dim)
-        model.loss(latents, classes, codes, mask).backward()
+        model.loss(latents, classes, codes, mask, visible=6).backward()
         model.loss(latents, classes, codes)
         assert model.generate(classes, codes, iterations=4, steps=3).shape == (B, L, C)
+        model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # the true one waits for the device
+        assert model.encode(latents, classes, codes, mask).shape == (B, model.fusion.slots + 6, CONFIG.dim)
+        assert model.hidden(latents, classes, codes, mask).shape == (B, L, CONFIG.dim)
 
 
 # ------------------------------------------------------------------------------------------------- what it may see
@@ -80,6 +80,14 @@ def test_hidden_latents_do_not_leak(fusion, batch):
     assert torch.equal(model.hidden(hidden, classes, codes, mask), z)
     visible[torch.arange(B), mask.argmin(1)] += 1
     assert ((model.hidden(visible, classes, codes, mask) - z).abs().amax(-1) > 1e-6).all()
+
+
+def test_a_mask_hides_equally_many(batch):
+    model, (latents, classes, _, mask) = make(), batch
+    mask[1, mask[1].argmin()] = 1
+    for use in (model.encode, model.hidden, model.loss):
+        with pytest.raises(ValueError, match="equally many"):
+            use(latents, classes, None, mask)
 
 
 @every_fusion
@@ -133,21 +141,26 @@ def test_loss_is_the_mean_over_hidden_tokens(fusion, batch):
     t, noise = torch.randint(T, (2, B, L)), torch.randn(2, B, L, C)
     z = model.hidden(latents, classes, codes, mask)
     rows = [model.head.loss(latents[mask == 1], z[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
-    torch.testing.assert_close(model.loss(latents, classes, codes, mask, t, noise), torch.cat(rows).mean())
+    loss = model.loss(latents, classes, codes, mask, t, noise)
+    torch.testing.assert_close(loss, torch.cat(rows).mean())
+    assert torch.equal(loss, model.loss(latents, classes, codes, mask, t, noise, visible=6))
 
 
 def test_loss_draws_its_own(batch, monkeypatch):
     """Without mask, t and noise: 70 to 100 % hidden, batch_mul rows a hidden token, all noise levels."""
     model, (latents, classes, _, _), rows = make(), batch, []
     monkeypatch.setattr(model.head, "loss", lambda x, z, t, noise: rows.append((x, t)) or z.sum() * 0)
+    latents[..., 0] = torch.arange(L)
     for _ in range(50):
         model.loss(latents, classes, None)
-    hidden = [len(x) // (2 * B) for x, _ in rows]
-    assert all(len(x) % (2 * B) == 0 for x, _ in rows)
-    assert min(hidden) == 12 and max(hidden) == 16  # ceil(0.7 * 16) = 12
+    positions = [x[:, 0].view(2, B, -1) for x, _ in rows]
+    counts = [p.shape[2] for p in positions]
+    assert min(counts) == 12 and max(counts) == 16  # ceil(0.7 * 16) = 12
+    for p in positions:
+        assert torch.equal(p[0], p[1]) and all(len(image.unique()) == p.shape[2] for image in p[0])
+    assert any(not torch.equal(p[0, 0], p[0, 1]) for p in positions)  # every image has an order of its own
     t = torch.cat([t for _, t in rows])
     assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
-    assert all(2 * len(x.unique(dim=0)) == len(x) for x, _ in rows)
 
 
 def test_mask_ratio():
@@ -169,6 +182,10 @@ def test_every_parameter_learns(fusion, batch):
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == ([] if fusion == "none" else ["fusion.embedding.weight"])  # the prior's table is frozen
     assert model.class_embedding.weight.grad.any(dim=1).tolist() == [True, False, False, True, False]
+    prefix = [True] * CONFIG.prefix  # and each position where it was seen, hidden, or both
+    assert model.encoder_positions.grad.any(2)[0].tolist() == prefix + (mask == 0).any(0).tolist()
+    assert model.decoder_positions.grad.any(2)[0].tolist() == prefix + [True] * L
+    assert model.output_positions.grad.any(2)[0].tolist() == (mask == 1).any(0).tolist()
 
 
 def test_dropout_only_in_training(batch):
@@ -188,7 +205,8 @@ def test_every_latent_is_drawn_once(grid, iterations, monkeypatch):
     n = eval(iterations, {"L": grid**2})
     model, calls = make(grid=grid, depth=1, token_dim=1), []
 
-    def number(z, *rest, **how):
+    def number(z, z_null, *rest, **how):
+        assert z_null is None  # cfg 1 skips the null branch
         calls.append(len(z))
         return sum(calls[:-1]) + torch.arange(len(z)).float()[:, None]
     monkeypatch.setattr(model.head, "sample", number)

@@ -53,7 +53,7 @@ def test_picture_does_not_depend_on_the_batch(run):
         alone = sample.generate(run, [i], seed=5, indices=[i])
         assert torch.equal(alone.codes[0], together.codes[i])
         for a, b in ((alone.images, together.images), (alone.coarse, together.coarse)):
-            assert (a[0].int() - b[i].int()).abs().max() <= 1  # a grey level: kernels round differently at another batch size
+            assert (a[0].int() - b[i].int()).abs().max() <= 1  # a grey level: kernels round by batch size
 
 
 def test_seed_index_and_class_change_the_picture(run):
@@ -80,8 +80,8 @@ def test_every_setting_changes_the_picture(run):
     """No flag is parsed and then ignored."""
     s = replace(run.sampling, iterations=4, steps=6, cfg=3.0)
     base = sample.generate(run, [0, 1, 2], sampling=s).images
-    for name, value in dict(iterations=5, steps=7, cfg=2.0, schedule="constant", temperature=0.5, prior_cfg=8.0, prior_temperature=9.0,
-                            top_k=1, top_p=0.1, t_max=700).items():
+    for name, value in dict(iterations=5, steps=7, cfg=2.0, schedule="constant", temperature=0.5, t_max=700,
+                            prior_cfg=8.0, prior_temperature=9.0, top_k=1, top_p=0.1).items():
         other = sample.generate(run, [0, 1, 2], sampling=replace(s, **{name: value})).images
         assert not torch.equal(other, base), name
 
@@ -91,7 +91,8 @@ def test_every_setting_changes_the_picture(run):
 def test_class_by_id_and_by_name(run):
     for text in ("8", " 8 ", "cold ring", "Cold Ring", "cold_ring"):
         assert sample.find_classes(run.classes, text) == [8]
-    assert sample.find_classes(run.classes, "all") == list(range(10)) and sample.find_classes(run.classes, "8, warm_ring") == [8, 3]
+    assert sample.find_classes(run.classes, "all") == list(range(10))
+    assert sample.find_classes(run.classes, "8, warm_ring") == [8, 3]
     imagenet = [[207, "golden retriever"], [0, "tench, Tinca tinca"], [134, "crane"], [517, "crane"]]
     assert sample.find_classes(imagenet, "207") == [0] and sample.find_classes(imagenet, "tench, Tinca tinca") == [1]
     with pytest.raises(UserError, match="several classes; give one of the ids 134, 517"):
@@ -154,12 +155,13 @@ def test_one_class_a_row_for_any_number(toy, works, tmp_path):
     grid = pixels(tmp_path / "grid.png")
     for i in range(7):
         y, x = i % 3 * 34, i // 3 * 34
-        assert abs(grid[y:y + 32, x:x + 32] - pixels(tmp_path / "files" / str((0, 4, 8)[i % 3]) / f"{i:06d}.png")).max() <= 1, i
+        picture = pixels(tmp_path / "files" / str((0, 4, 8)[i % 3]) / f"{i:06d}.png")
+        assert abs(grid[y:y + 32, x:x + 32] - picture).max() <= 1, i
 
 
 def test_all_classes(toy, works, tmp_path):
-    works("sample", "--run", toy.run, "--class", "all", "--num", 20, "--out", tmp_path / "out", "--iterations", 1, "--steps", 2)
-    assert tree(tmp_path / "out") == sorted(f"{i % 10}/{i:06d}.png" for i in range(20))
+    works("sample", "--run", toy.run, "--class", "all", "--num", 20, "--out", tmp_path, "--iterations", 1, "--steps", 2)
+    assert tree(tmp_path) == sorted(f"{i % 10}/{i:06d}.png" for i in range(20))
 
 
 def test_running_again_writes_only_what_is_missing(toy, works, tmp_path):
@@ -177,7 +179,7 @@ def test_running_again_writes_only_what_is_missing(toy, works, tmp_path):
 
 
 def test_folder_of_other_pictures_is_refused(toy, files, script, works):
-    """Running again with another seed or setting would mix two sets of pictures; more pictures of the same set are fine."""
+    """Running again with another seed or setting would mix two sets of pictures."""
     command = ("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", files, *QUICK)
     before = tree(files)
     for other in (("--seed", 1), ("--cfg", 3), ("--class", "3,1"), ("--show-coarse",)):
@@ -192,7 +194,8 @@ def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
     picture = pixels(tmp_path / "2/000000.png")
     assert picture.shape == (32, 64, 3)
     out = sample.generate(run, [2], sampling=replace(run.sampling, iterations=4, steps=6))
-    assert np.array_equal(picture[:, :32], out.coarse[0].permute(1, 2, 0)) and np.array_equal(picture[:, 32:], out.images[0].permute(1, 2, 0))
+    for half, want in ((picture[:, :32], out.coarse), (picture[:, 32:], out.images)):
+        assert abs(half - want[0].permute(1, 2, 0).numpy()).max() <= 1
 
 
 def test_two_ranks_write_the_same_files(toy, files, two_ranks, tmp_path):
@@ -209,8 +212,8 @@ def test_dry_run_writes_nothing(toy, works, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- broken models
 
-@pytest.mark.parametrize("kind, tensor", [("generator", "mask_token"), ("kl", "decoder.conv_in.weight"), ("vq", "decoder.conv_in.weight"),
-                                          ("prior", "norm.weight"), ("prior", "output.weight")])
+@pytest.mark.parametrize("kind, tensor", [("generator", "mask_token"), ("kl", "decoder.conv_in.weight"),
+                                          ("vq", "decoder.conv_in.weight"), ("prior", "norm.weight")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_give_no_picture(copy_run, script, tmp_path, kind, tensor, value):
     run = copy_run()
