@@ -214,6 +214,8 @@ def open_arrays(path: str, h: dict, mode: str) -> dict:
                 np.lib.format.open_memmap(file, "r")
             arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
         except (OSError, ValueError):
+            if mode == "w+":
+                raise UserError(f"cannot write {file}; free some space or choose another --out.") from None
             raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again.") from None
         if arrays[name].shape != shape or arrays[name].dtype != dtype:
             raise UserError(f"{file} does not fit its header; remove {path} and make the cache again.")
@@ -371,7 +373,10 @@ def main():
     if args.toy is not None:
         if args.toy < 1:
             raise UserError("--toy needs a number of pictures of at least 1.")
-        return write_toy(args.toy, args.out)
+        try:
+            return write_toy(args.toy, args.out)
+        except OSError as error:
+            raise UserError(f"cannot write to {args.out}: {error.strerror}.") from None
     if not args.images or not args.run:
         raise UserError("give --images DIR and --run RUN to tokenise, or --toy N; see --help.")
     tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.dry_run)

@@ -103,8 +103,11 @@ def autocast(device: torch.device):
 
 def log(path: str, **record):
     """Appends one JSON line to `path`."""
-    with open(path, "a") as f:
-        f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
 def run_script(main):

@@ -13,6 +13,7 @@ Other flags override what the run recommends (`presets.Sampling`).
 """
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -211,6 +212,7 @@ def main():
               (1 <= s.steps <= s.t_max + 1, f"--steps must be between 1 and {s.t_max + 1}"),
               (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
               (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
+              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
               (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1"),
               (args.num is None or args.num >= 1, "--num must be at least 1"),
               (args.batch >= 1, "--batch must be at least 1")]
@@ -220,7 +222,7 @@ def main():
     labels = find_classes(run.classes, args.class_)
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
     to_grid = args.out.lower().endswith(".png")
-    if not to_grid and os.path.splitext(args.out)[1]:
+    if args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npz", ".npy")):
         raise UserError(f"--out takes FILE.png for a grid or a folder, not {args.out}.")
     if to_grid and (world.size > 1 or num > 256):
         raise UserError("for more than 256 pictures or several ranks give a folder: --out DIR.")

@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -280,6 +281,8 @@ def main():
         args.accumulate = next((n for n in passes if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
     if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
+    if args.grid_every < 0:
+        raise UserError("--grid-every must be at least 0.")
     if not 0 < recipe.lr < math.inf:
         raise UserError("--lr must be above 0.")
     if args.batch % (world.size * args.accumulate):
@@ -340,6 +343,8 @@ def main():
     loss_of = stage  # `loss_of` is what the loop calls, `stage` stays unwrapped
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
+        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         loss_of = DistributedDataParallel(stage, device_ids=ids, broadcast_buffers=False)
 
     def save(step):
@@ -425,7 +430,7 @@ def main():
         bar.update()
     bar.close()
     barrier()
-    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after {steps:,} steps")
+    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after {max(first, steps):,} steps")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def two_ranks():
         result = subprocess.run(command, capture_output=True, text=True, timeout=300,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
-        return result.stdout
+        return result.stdout + result.stderr
     return run
 
 

@@ -1,7 +1,8 @@
-"""Agreement with the official code: its recorded inputs and outputs, through our loaders (tests/golden, recorded on CPU, fp32).
+"""Agreement with the official code: its recorded inputs and outputs, through our loaders (CPU, fp32).
 
-The tolerance is relative, ||a-b|| / ||b||: 1e-5 for forwards, 3e-4 for sampling loops, whose first reverse steps amplify
-rounding some hundred times (a float64 replay of the official code differs by 3e-5). Codes and indices are equal.
+The tolerance is relative, ||a-b|| / ||b||: 1e-5 for forwards, 3e-4 for sampling loops, whose first reverse steps
+amplify rounding some hundred times (a float64 replay of the official code differs by 3e-5). Codes and indices are
+equal.
 """
 import argparse
 from dataclasses import replace
@@ -141,8 +142,10 @@ def test_head_sample(generator):
 def test_decoding_loop(generator):
     g, model = generator
     r = g["loop"]
-    got = model.generate(g["classes"], None, r["num_iter"], 100, r["cfg"], r["cfg_schedule"], r["temperature"], g["orders"], r["noise"])
+    got = model.generate(g["classes"], None, r["num_iter"], 100, r["cfg"], r["cfg_schedule"], r["temperature"],
+                         g["orders"], r["noise"])
     close(got, r["tokens"], LOOP)
     r = g["loop_nocfg"]
-    got = model.generate(g["classes"], None, r["num_iter"], 100, 1.0, "linear", r["temperature"], g["orders"], r["noise"])
+    got = model.generate(g["classes"], None, r["num_iter"], 100, 1.0, "linear", r["temperature"], g["orders"],
+                         r["noise"])
     close(got, r["tokens"], LOOP)

@@ -199,7 +199,8 @@ def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
 
 
 def test_two_ranks_write_the_same_files(toy, files, two_ranks, tmp_path):
-    two_ranks("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", tmp_path, *QUICK)
+    said = two_ranks("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", tmp_path, *QUICK)
+    assert "5.0/5 images" in said  # rank 0's share
     assert tree(tmp_path) == tree(files)
     for name in tree(files):
         assert abs(pixels(tmp_path / name) - pixels(files / name)).max() <= 1

@@ -181,6 +181,14 @@ def test_ema_warms_up(toy, copy_run, works):
     assert torch.allclose(after, before * 2 / 11 + raw * 9 / 11, atol=1e-7) and (after - raw).abs().max() > 1e-5
 
 
+def test_ema_keeps_no_graph(toy, copy_run, works, monkeypatch):
+    """An average taken with gradients on would hold on to every step so far."""
+    lerp, graphs = torch._foreach_lerp_, []
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda ema, *rest: (lerp(ema, *rest), graphs.append(ema[0].grad_fn)))
+    works("train", "--stage", 1, "--preset", "toy", "--data", toy.cache, "--run", copy_run("vq", "kl"), "--steps", 3)
+    assert graphs == [None] * 3
+
+
 def test_frozen_table_is_the_priors(toy):
     prior = checkpoints.load(os.path.join(toy.run, "prior.pt"), "prior")[1]["code_embedding.weight"]
     generator = checkpoints.load(os.path.join(toy.run, "generator.pt"), "generator")[1]["fusion.embedding.weight"]
