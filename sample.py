@@ -5,8 +5,9 @@
     python sample.py --class all --out all.png                # every class the run knows
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
     torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
+    torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out X.npz   # folder X, then one file
 
-The last command, run again, writes what is missing. With --run it needs two dashes: torchrun ... -- sample.py ...
+The last two, run again, write what is missing. With --run they need two dashes: torchrun ... -- sample.py ...
 
 A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
 Other flags override what the run recommends (`presets.Sampling`).
@@ -168,6 +169,16 @@ def save_picture(image: Image.Image, path: str):
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
+def pack(paths, ids, out):
+    """Writes PNG files as one .npz, complete or not at all: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
+    try:
+        with open(f"{out}.tmp{os.getpid()}", "wb") as f:
+            np.savez(f, arr_0=np.stack([np.asarray(Image.open(p)) for p in paths]), arr_1=np.array(ids))
+        os.replace(f.name, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}.") from None
+
+
 def same_settings(out, settings, world):
     """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings."""
     path = os.path.join(out, "settings.json")
@@ -193,7 +204,7 @@ def main():
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sample.png", help="FILE.png for a grid, or a folder for one file a picture")
+    parser.add_argument("--out", default="sample.png", help="FILE.png for a grid, a folder, or FILE.npz and its folder")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -222,8 +233,9 @@ def main():
     labels = find_classes(run.classes, args.class_)
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
     to_grid = args.out.lower().endswith(".png")
-    if args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npz", ".npy")):
-        raise UserError(f"--out takes FILE.png for a grid or a folder, not {args.out}.")
+    if args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")):
+        raise UserError(f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}.")
+    folder = args.out.removesuffix(".npz")
     if to_grid and (world.size > 1 or num > 256):
         raise UserError("for more than 256 pictures or several ranks give a folder: --out DIR.")
     if args.show_coarse and run.prior is None:
@@ -235,10 +247,10 @@ def main():
 
     if not to_grid:
         weights = checkpoints.checksum(run.generator.state_dict())
-        same_settings(args.out, {"sampling": asdict(s), "seed": args.seed, "classes": labels, "weights": weights,
-                                 "coarse": args.show_coarse}, world)
+        same_settings(folder, {"sampling": asdict(s), "seed": args.seed, "classes": labels, "weights": weights,
+                               "coarse": args.show_coarse}, world)
     # Picture i is of class labels[i % n], so that any number of pictures is balanced; a grid has one class a row.
-    path = lambda i: os.path.join(args.out, str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
+    path = lambda i: os.path.join(folder, str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
     mine = range(world.rank, num, world.size)
     todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
     start, pictures = time.time(), {}
@@ -262,6 +274,9 @@ def main():
         places = [c * rows + r if several else r * columns + c for r in range(rows) for c in range(columns)]
         white = torch.full_like(pictures[0], 255)
         save_picture(grid(torch.stack([pictures.get(i, white) for i in places]), columns), args.out)
+    barrier()
+    if folder != args.out and world.rank == 0:
+        pack([path(i) for i in range(num)], [run.classes[labels[i % len(labels)]][0] for i in range(num)], args.out)
     barrier()
     print0(f"{args.out}: {num} pictures, {time.time() - start:.1f} s")
 

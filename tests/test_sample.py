@@ -164,6 +164,14 @@ def test_all_classes(toy, works, tmp_path):
     assert tree(tmp_path) == sorted(f"{i % 10}/{i:06d}.png" for i in range(20))
 
 
+def test_one_npz(toy, works, tmp_path):
+    """FILE.npz holds the pictures of the folder beside it, in order, with the ids of their classes."""
+    works("sample", "--run", toy.run, "--class", "1,3", "--num", 5, "--out", tmp_path / "x.npz", *QUICK)
+    packed = np.load(tmp_path / "x.npz")
+    assert packed["arr_1"].tolist() == [1, 3, 1, 3, 1] and packed["arr_0"].shape == (5, 32, 32, 3)
+    assert np.array_equal(packed["arr_0"][1], np.asarray(Image.open(tmp_path / "x/3/000001.png")))
+
+
 def test_running_again_writes_only_what_is_missing(toy, works, tmp_path):
     command = ("sample", "--run", toy.run, "--class", "1,3", "--num", 6, "--out", tmp_path, *QUICK)
     works(*command)
