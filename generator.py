@@ -142,7 +142,7 @@ class Generator(nn.Module):
     def run_decoder(self, encoded, positions, V, rows, condition):
         """encoded [B, P+V, D]; positions [B, L], the V visible first -> z [B, n, D] of positions[:, rows], a slice."""
         P = self.fusion.slots
-        visible, masked = positions[:, :V], positions[:, V:]
+        masked = positions[:, V:]
         tokens = self.mask_token if condition.masked is None else condition.masked              # [1, 1, D] or [B, L, D]
         mask = rows_at(tokens.expand(-1, positions.shape[1], -1), masked)                        # [B, L-V, D]
         x = torch.cat([self.decoder_in(encoded), mask], dim=1)                                   # [B, P+L, D]
