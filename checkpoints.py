@@ -128,7 +128,8 @@ def load_model(path: str, kind: str, device="cpu"):
     model.load_state_dict(state)
     own = content if "format" in content else {}
     model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):

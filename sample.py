@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
-from generator import Generator
+from diffloss import Graphs
+from generator import Block, Generator, Prepared
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, barrier, print0, rng, run_script, setup
+from runtime import UserError, autocast, barrier, print0, rng, run_script, setup
 from tokenizers import KL, VQ
 
 
@@ -42,6 +43,7 @@ class Run:
     classes: list        # [external id, name] by index
     sampling: Sampling
     device: torch.device
+    null: Prepared | None = None  # the generator's unconditional condition, from the first pictures on
 
 
 @dataclass
@@ -127,6 +129,15 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
+def annealed(text: str, iterations: int) -> list[int]:
+    """"50:5" -> head steps per iteration, linearly from 50 to 5. DiSA (2505.20297): late tokens are nearly known."""
+    try:
+        first, last = (int(n) for n in text.split(":"))
+    except ValueError:
+        raise UserError(f"--anneal takes two numbers of steps, as in 50:5, not {text!r}.") from None
+    return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
+
+
 @torch.inference_mode()
 def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None) -> Samples:
     """classes: B class indices (0..n-1) -> B pictures. indices: the global index of each, which seeds its noise.
@@ -134,17 +145,22 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     progress: called with a number from 0 to 1, the share of work done since the last call.
     """
     s, B = sampling or run.sampling, len(classes)
+    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     step = (lambda share: lambda: progress(share)) if progress else lambda share: None
     codes = coarse = None
+    with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
+        if run.prior is not None:
+            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                                       progress=step(0.1 / run.prior.cfg.grid**2))
+        if run.null is None and s.cfg != 1:
+            run.null = run.generator.null_condition()
+        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
+                                         progress=step((0.9 if run.prior else 1.0) / s.iterations))
     if run.prior is not None:
-        codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                   progress=step(0.1 / run.prior.cfg.grid**2))
         coarse = to_uint8(run.vq.decode(codes))
-    latents = run.generator.generate(classes, codes, s.iterations, s.steps, s.cfg, s.schedule, s.temperature,
-                                     generator=generators, t_max=s.t_max,
-                                     progress=step((0.9 if run.prior else 1.0) / s.iterations))
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
 
 
@@ -208,6 +224,8 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
     for f in fields(Sampling):
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
@@ -218,9 +236,11 @@ def main():
     run = load_run(args.run or os.path.join(here, "weights", "tiny"), world.device)
     s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
     L = run.generator.cfg.grid**2
+    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
     checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
               (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-              (1 <= s.steps <= s.t_max + 1, f"--steps must be between 1 and {s.t_max + 1}"),
+              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
               (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
               (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
               (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
@@ -230,6 +250,14 @@ def main():
     for fine, text in checks:
         if not fine:
             raise UserError(text + ".")
+    if args.graphs:
+        if run.device.type != "cuda":
+            raise UserError("--graphs is for CUDA.")
+        run.generator.head.graphs = Graphs()
+    if args.compile:
+        for module in run.generator.modules():
+            if isinstance(module, Block):
+                module.compile()
     labels = find_classes(run.classes, args.class_)
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
     to_grid = args.out.lower().endswith(".png")

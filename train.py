@@ -25,10 +25,12 @@ import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
@@ -36,7 +38,7 @@ import generator
 import prior
 import sample
 from data import Cache, Folder, ahead
-from diffloss import T as TIMESTEPS, HeadNet
+from diffloss import T as TIMESTEPS, HeadNet, tf32
 from fusion import FUSIONS
 from presets import PRESETS
 from runtime import UserError, agree, all_mean, autocast, barrier, broadcast, log, print0, rng, run_script, setup
@@ -231,7 +233,8 @@ class GeneratorStage(OnCache):
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
-COMPILED = (Encoder, Decoder, generator.Block, prior.Block, HeadNet)  # what --compile compiles
+BLOCKS = (generator.Block, prior.Block)           # what --recompute forgets
+COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)   # what --compile compiles
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -254,6 +257,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the models")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations of the Transformer blocks but "
+                        "compute them again in the backward pass (gradient checkpointing): less memory, more time")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
@@ -328,7 +333,7 @@ def main():
     learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
               {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type != "mps")
     first = 0
     if state is not None:
         ema.load_state_dict(state["ema"])
@@ -340,6 +345,10 @@ def main():
         for module in stage.trained.modules():
             if isinstance(module, COMPILED):
                 module.compile()
+    if args.recompute:
+        for module in stage.trained.modules():
+            if isinstance(module, BLOCKS):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     loss_of = stage  # `loss_of` is what the loop calls, `stage` stays unwrapped
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
@@ -381,7 +390,8 @@ def main():
 
     passes = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
-    batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
+    pin = lambda x: x.pin_memory() if world.device.type == "cuda" else x  # copies to the GPU then need no waiting
+    batches = ahead(lambda where: [pin(x) for x in stage.data.batch(numbers(*where))], passes)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
     total, seen, clock, notes = torch.zeros((), device=world.device), 0, time.time(), {}
@@ -397,7 +407,8 @@ def main():
             last = k == args.accumulate - 1
             with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
-            loss.backward()  # DDP decides in forward whether this synchronises
+            with tf32():  # gradients of the head's first and last layer too; their values are not amplified
+                loss.backward()  # DDP decides in forward whether this synchronises
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
         optimizer.step()
