@@ -97,8 +97,8 @@ class Mixed(nn.Module):
             chain, c = [], cin
             for i, step in enumerate(steps, 1):
                 parts = step.split("+")
-                stem = branch + f"_{i}" * (len(steps) > 1)  # published names count the units of a chain
-                names = [stem + letter for letter in ("ab" if len(parts) > 1 else [""])]
+                name = branch + f"_{i}" * (len(steps) > 1)  # published names count the units of a chain
+                names = [name + letter for letter in ("ab" if len(parts) > 1 else [""])]
                 for name, part in zip(names, parts):
                     self.add_module(name, convolution(c, part))
                 c = sum(getattr(self, name).out_channels for name in names)
@@ -117,7 +117,7 @@ class Mixed(nn.Module):
 
 
 def exact_convolutions():
-    """Without TF32, whose 10 bits move the third decimal of an FID; cuDNN uses it unless told otherwise."""
+    """Without TF32, whose 10 bits can move the third decimal of a FID; cuDNN uses it unless told otherwise."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -382,7 +382,7 @@ def open_folder(root, crop, jpeg):
     if not files:
         raise UserError(f"{root} holds no pictures ({', '.join(LOSSLESS)}).")
     if not jpeg and (lossy := [f for f in files if f.lower().endswith(LOSSY)]):
-        raise UserError(f"{root} holds {len(lossy)} compressed pictures, e.g. {lossy[0]}, and an FID sees the losses; "
+        raise UserError(f"{root} holds {len(lossy)} compressed pictures, e.g. {lossy[0]}, and a FID sees the losses; "
                         f"save pictures as PNG, or give --jpeg if these are the originals.")
     settings = sample.read_settings(root)
     if settings and len(files) < settings.get("num", 0):
@@ -390,17 +390,18 @@ def open_folder(root, crop, jpeg):
                         f"again, it goes on.")
     threads = ThreadPoolExecutor(4)
 
+    def read(file):
+        if (image := read_image(os.path.join(root, file), crop)) is None:
+            raise UserError(f"{root}/{file} is no readable picture; make it again or remove it.")
+        return image
+
     def load(a, b):
-        images = list(threads.map(lambda f: read_image(os.path.join(root, f), crop), files[a:b]))
-        for f, image in zip(files[a:b], images):
-            if image is None:
-                raise UserError(f"{root}/{f} is no readable picture; make it again or remove it.")
-            if [*image.shape[1:]] != size:
-                raise UserError(f"{root} holds pictures of several sizes, see {f}; --crop SIZE cuts a reference.")
+        images = list(threads.map(read, files[a:b]))
+        if odd := [f for f, image in zip(files[a:b], images) if [*image.shape[1:]] != size]:
+            raise UserError(f"{root} holds pictures of several sizes, see {odd[0]}; --crop SIZE cuts a reference.")
         return torch.from_numpy(np.stack(images))
 
-    first = read_image(os.path.join(root, files[0]), crop)
-    size = [] if first is None else [*first.shape[1:]]
+    size = [*read(files[0]).shape[1:]]
     content = [[f, os.path.getsize(os.path.join(root, f))] for f in files]
     return Images(len(files), size, load, about(root, text_hash(content), map(os.path.dirname, files), settings), files)
 
@@ -661,8 +662,9 @@ def report(args, images: Images, reference: Reference | None, figures, model, wo
             print0(f"{row:12} {name:12} {text}")
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: a FID falls with the number of pictures; papers use 50,000, and {n} compare only with {n}")
-    if n < 2048 and "fid" in str(figures):
-        print0(f"warning: {n} pictures are fewer than the 2,048 features, so the covariance is singular")
+    fewest = min(n, reference and reference.about.get("images") or n)
+    if fewest < 2048 and "fid" in str(figures):
+        print0(f"warning: {fewest} pictures are fewer than the 2,048 features, so their covariance is singular")
     print0(f"{out}: {n} pictures, {seconds} s")
 
 

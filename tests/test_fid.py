@@ -383,6 +383,8 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     assert "several sizes, see b.png" in refused(folder, "--jpeg")
     (folder / "b.png").write_bytes(b"no picture")
     assert "b.png is no readable picture" in refused(folder, "--jpeg")
+    (folder / "b.png").rename(folder / "0.png")
+    assert "0.png is no readable picture" in refused(folder, "--jpeg")
     assert "neither a folder" in refused(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in refused(tmp_path / "empty")
