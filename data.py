@@ -49,8 +49,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((x, y, x + size, y + size))
 
 
-def read_image(path: str, size: int) -> np.ndarray | None:
-    """-> uint8 [3, size, size], or None if the file is no readable image. Transparency falls on white."""
+def read_image(path: str, size: int | None) -> np.ndarray | None:
+    """-> uint8 [3, size, size], or None if the file is no readable image. Transparency falls on white.
+
+    size None leaves the picture as it is."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
@@ -58,7 +60,8 @@ def read_image(path: str, size: int) -> np.ndarray | None:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(center_crop(image.convert("RGB"), size)).transpose(2, 0, 1).copy()
+            image = image.convert("RGB")
+            return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises on broken files
         return None
 

@@ -84,6 +84,15 @@ def agree(value, what: str):
             raise UserError(f"the ranks disagree on {what}: {values}; do all nodes see the same disk?")
 
 
+def gather(value):
+    """-> the values of all ranks in their order, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
@@ -99,6 +108,21 @@ def autocast(device: torch.device):
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
+
+
+def write_file(path: str, fill):
+    """fill(file) writes a binary file that is either complete or not there."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            fill(f)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def log(path: str, **record):

@@ -29,7 +29,7 @@ from diffloss import Graphs
 from generator import Block, Generator, Prepared
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, autocast, barrier, print0, rng, run_script, setup
+from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, write_file
 from tokenizers import KL, VQ
 
 
@@ -176,41 +176,75 @@ def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
 
 
 def save_picture(image: Image.Image, path: str):
-    """Writes a PNG that is either complete or not there."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        image.save(f"{path}.tmp{os.getpid()}", format="PNG")
-        os.replace(f"{path}.tmp{os.getpid()}", path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    write_file(path, lambda f: image.save(f, format="PNG"))
 
 
 def pack(paths, ids, out):
-    """Writes PNG files as one .npz, complete or not at all: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
-    try:
-        with open(f"{out}.tmp{os.getpid()}", "wb") as f:
-            np.savez(f, arr_0=np.stack([np.asarray(Image.open(p)) for p in paths]), arr_1=np.array(ids))
-        os.replace(f.name, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from None
+    """Writes PNG files as one .npz: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
+    pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
+    write_file(out, lambda f: np.savez(f, arr_0=pictures, arr_1=np.array(ids)))
 
 
-def same_settings(out, settings, world):
-    """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings."""
-    path = os.path.join(out, "settings.json")
+def picture_name(run: Run, labels: list, i: int) -> str:
+    """Picture i is of class labels[i % n], so that any number of pictures is balanced."""
+    return os.path.join(str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
+
+
+def describe(run: Run, s: Sampling, seed: int, labels: list) -> dict:
+    """All that pictures depend on. Weights are the EMA wherever a file has one."""
+    models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
+    return {"sampling": asdict(s), "seed": seed, "classes": labels, "ema": True,
+            "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
+
+
+def read_settings(folder) -> dict | None:
+    """What `same_settings` wrote about the pictures in a folder, if anything."""
+    path = os.path.join(folder, "settings.json")
     try:
-        if world.rank == 0 and os.path.exists(path):
-            with open(path) as f:
-                there = json.load(f)
-            if changed := [k for k in settings if there.get(k) != settings[k]]:
-                raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
-        elif world.rank == 0:
-            os.makedirs(out, exist_ok=True)
-            with open(path, "w") as f:
-                json.dump(settings, f, indent=1)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"cannot use {path}: {error}; choose another --out.") from None
+        with open(path) as f:
+            return dict(json.load(f))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot use {path}: {error}; choose another folder.") from None
+
+
+def same_settings(out, settings, num, world):
+    """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings.
+
+    `num`, the most pictures asked for so far, lets fid.py see that some are missing.
+    """
+    if world.rank == 0:
+        there = read_settings(out) or {}
+        if changed := [k for k in settings if there and there.get(k) != settings[k]]:
+            raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
+        content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
+        write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))
     barrier()
+
+
+def add_sampling_flags(parser):
+    for f in fields(Sampling):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
+
+
+def choose_sampling(args, run: Run) -> Sampling:
+    """What the run recommends, under the flags that were given."""
+    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
+    L = run.generator.cfg.grid**2
+    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
+    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
+              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
+              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
+              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
+              (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
+              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
+              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
+    for fine, text in checks:
+        if not fine:
+            raise UserError(text + ".")
+    return s
 
 
 def main():
@@ -227,29 +261,15 @@ def main():
     parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
-    for f in fields(Sampling):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
+    add_sampling_flags(parser)
     args = parser.parse_args()
 
     world = setup(args.device)
     here = os.path.dirname(os.path.abspath(__file__))
     run = load_run(args.run or os.path.join(here, "weights", "tiny"), world.device)
-    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
-    L = run.generator.cfg.grid**2
-    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
-    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
-              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
-               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
-              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
-              (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
-              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
-              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1"),
-              (args.num is None or args.num >= 1, "--num must be at least 1"),
-              (args.batch >= 1, "--batch must be at least 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
+    s = choose_sampling(args, run)
+    if args.num is not None and args.num < 1 or args.batch < 1:
+        raise UserError("--num and --batch must be at least 1.")
     if args.graphs:
         if run.device.type != "cuda":
             raise UserError("--graphs is for CUDA.")
@@ -274,11 +294,8 @@ def main():
         return
 
     if not to_grid:
-        weights = checkpoints.checksum(run.generator.state_dict())
-        same_settings(folder, {"sampling": asdict(s), "seed": args.seed, "classes": labels, "weights": weights,
-                               "coarse": args.show_coarse}, world)
-    # Picture i is of class labels[i % n], so that any number of pictures is balanced; a grid has one class a row.
-    path = lambda i: os.path.join(folder, str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
+        same_settings(folder, {**describe(run, s, args.seed, labels), "coarse": args.show_coarse}, num, world)
+    path = lambda i: os.path.join(folder, picture_name(run, labels, i))
     mine = range(world.rank, num, world.size)
     todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
     start, pictures = time.time(), {}
@@ -295,7 +312,7 @@ def main():
                     pictures[i] = image
                 else:
                     save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), path(i))
-    if to_grid:
+    if to_grid:  # one class a row
         several = len(labels) > 1
         rows = len(labels) if several else int(num**0.5)
         columns = -(-num // rows)
