@@ -19,6 +19,8 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ class Schedule:
 
     def __init__(self, timesteps=range(T)):
         betas = [min(1 - cosine_alpha_bar((i + 1) / T) / cosine_alpha_bar(i / T), 0.999) for i in range(T)]
-        alpha_bar = list(torch.tensor([1 - b for b in betas], dtype=torch.float64, device="cpu").cumprod(0).tolist())
+        alpha_bar = list(accumulate((1 - b for b in betas), mul))
         self.timesteps = list(timesteps)
         self.abar = [alpha_bar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]

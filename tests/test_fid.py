@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 
 import fid
 import sample
+from reference import rule_weights
 from runtime import UserError
 
 QUICK = ("--iterations", 4, "--steps", 6)
@@ -28,34 +28,6 @@ QUICK = ("--iterations", 4, "--steps", 6)
 @pytest.fixture(scope="module")
 def golden():
     return torch.load(Path(__file__).parent / "golden" / "fid.pt", weights_only=True)
-
-
-def rule_weights():
-    """Every tensor of the published layout, drawn from a seed that its name gives."""
-    shapes, c = {}, 3
-    with torch.device("meta"):
-        for name, text in map(str.split, fid.STEM):
-            shapes[name] = (unit := fid.convolution(c, text)).weight.shape
-            c = unit.out_channels
-        for name, layout, width, pooling in fid.BLOCKS:
-            block = fid.Mixed(c, layout.format(width), pooling)
-            shapes |= {f"{name}.{k}": unit.weight.shape for k, unit in block.named_children()}
-            c = block.cout
-
-    def draw(key, make):
-        random = np.random.RandomState((20151205 + zlib.crc32(key.encode())) % 2**32)
-        return {key: torch.from_numpy(make(random)).float()}
-
-    state = {}
-    for unit, shape in shapes.items():
-        n, fan_in = shape[0], math.prod(shape[1:])
-        state |= draw(f"{unit}.conv.weight", lambda r: r.standard_normal(shape) * np.sqrt(2 / fan_in))
-        state |= draw(f"{unit}.bn.weight", lambda r: r.uniform(0.9, 1.1, n))
-        state |= draw(f"{unit}.bn.bias", lambda r: 0.1 * r.standard_normal(n))
-        state |= draw(f"{unit}.bn.running_mean", lambda r: 0.1 * r.standard_normal(n))
-        state |= draw(f"{unit}.bn.running_var", lambda r: r.uniform(0.8, 1.25, n))
-    state |= draw("fc.weight", lambda r: 0.25 * r.standard_normal((1008, 2048)))
-    return state | draw("fc.bias", lambda r: 0.5 * r.standard_normal(1008))
 
 
 @pytest.fixture(scope="module")
