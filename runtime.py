@@ -50,9 +50,14 @@ def setup(device: str | None = None) -> World:
     return World(torch.device(device), dist.get_rank() if ranks > 1 else 0, ranks)
 
 
+def is_first() -> bool:
+    """Rank 0, which prints and writes the files that all ranks share."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def print0(*words):
     """Prints on rank 0 only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         print(*words, flush=True)
 
 

@@ -161,39 +161,36 @@ def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
 
 def save_picture(image: Image.Image, path: str):
     """Writes a PNG that is either complete or not there."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        image.save(f"{path}.tmp{os.getpid()}", format="PNG")
-        os.replace(f"{path}.tmp{os.getpid()}", path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    with checkpoints.replacing(path) as f:
+        image.save(f, format="PNG")
 
 
 def pack(paths, ids, out):
     """Writes PNG files as one .npz, complete or not at all: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
     try:
-        with open(f"{out}.tmp{os.getpid()}", "wb") as f:
-            np.savez(f, arr_0=np.stack([np.asarray(Image.open(p)) for p in paths]), arr_1=np.array(ids))
-        os.replace(f.name, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from None
+        pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"a picture beside {out} cannot be read: {error}; remove it and run again.") from None
+    with checkpoints.replacing(out) as f:
+        np.savez(f, arr_0=pictures, arr_1=np.array(ids))
 
 
 def same_settings(out, settings, world):
     """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings."""
     path = os.path.join(out, "settings.json")
-    try:
-        if world.rank == 0 and os.path.exists(path):
+    if world.rank == 0:
+        checkpoints.sweep(out)
+        if not os.path.exists(path):
+            with checkpoints.replacing(path) as f:
+                f.write(json.dumps(settings, indent=1).encode())
+        try:
             with open(path) as f:
                 there = json.load(f)
-            if changed := [k for k in settings if there.get(k) != settings[k]]:
-                raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
-        elif world.rank == 0:
-            os.makedirs(out, exist_ok=True)
-            with open(path, "w") as f:
-                json.dump(settings, f, indent=1)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"cannot use {path}: {error}; choose another --out.") from None
+            changed = [k for k in settings if there.get(k) != settings[k]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot use {path}: {error}; choose another --out.") from None
+        if changed:
+            raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
     barrier()
 
 

@@ -52,6 +52,7 @@ from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 #   start()                      once, before the first step of a new run
 #   forward(step, rows, *batch)  loss of the rows (a slice) of this step's global batch
 #   after(step, total, ema)      after each optimizer step; returns what to log
+#   memory(), remember(memory)   what else resuming needs; memory() is called on all ranks
 #   before_save(models)          before the EMA weights are written
 #   picture(models)              images for a grid, or None
 
@@ -72,7 +73,9 @@ class Tokenizers(nn.Module):
         for model in self.trained.values():
             if model.cfg.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
-                fit_linear_path(model, images, rng("cpu", "linear path", self.args.seed))
+                # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
+                fit_linear_path(model.double(), images.double(), rng("cpu", "linear path", self.args.seed))
+                model.float()
 
     def forward(self, step, rows, images):
         loss = 0.0
@@ -98,13 +101,21 @@ class Tokenizers(nn.Module):
         ema["vq"].codebook.weight[moved] = vq.codebook.weight[moved].detach()  # no average of two places
         return {"dead_codes": len(moved)}
 
+    def memory(self):
+        """Which codes were chosen since the last restart, on any rank."""
+        return {"usage": all_mean(self.trained["vq"].usage)} if "vq" in self.trained else {}
+
+    def remember(self, memory):
+        if "usage" in memory:
+            self.trained["vq"].usage.copy_(memory["usage"])
+
     def before_save(self, models):
         """Measures the scale of KL's latents, 1 / std."""
         if "kl" in models:
             kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
-            g = rng(self.device, "scale")
+            kl.cfg, g = replace(kl.cfg, scale=1.0), rng(self.device, "scale")
             latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=g) for x in images.split(50)])
-            kl.cfg = replace(kl.cfg, scale=kl.cfg.scale / float(latents.std()))
+            kl.cfg = replace(kl.cfg, scale=1 / float(latents.std()))
 
     def picture(self, models):
         """Rows: images, decoded codes, decoded latents."""
@@ -138,6 +149,12 @@ class OnCache(nn.Module):
 
     def after(self, step, total, ema):
         return {}
+
+    def memory(self):
+        return {}
+
+    def remember(self, memory):
+        pass
 
     def before_save(self, models):
         pass
@@ -257,6 +274,8 @@ def parse_args():
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
+    parser.add_argument("--fresh", action="store_true", help="start over; what the stage has made so far is moved to "
+                        "RUN/before-N")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     args.run = args.run or os.path.join("runs", args.preset)
@@ -310,7 +329,12 @@ def main():
         return
 
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
-    state = checkpoints.read(state_path) if os.path.exists(state_path) else None
+    if world.rank == 0:
+        checkpoints.sweep(args.run)
+    if args.fresh:
+        checkpoints.set_aside([state_path, checkpoints.previous(state_path),
+                               *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
+    state = checkpoints.newest(state_path)
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
@@ -324,6 +348,9 @@ def main():
     stage.to(world.device)
     if state is not None:
         stage.trained.load_state_dict(state["raw"])
+        stage.remember(state.get("memory", {}))  # which the first version did not save
+    for tensor in stage.trained.state_dict().values():
+        broadcast(tensor)  # the EMA below starts out the same on every rank, as the weights do
     ema = deepcopy(stage.trained).eval().requires_grad_(False)
     learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
@@ -348,6 +375,7 @@ def main():
         loss_of = DistributedDataParallel(stage, device_ids=ids, broadcast_buffers=False)
 
     def save(step):
+        memory = stage.memory()
         if world.rank > 0:
             return
         stage.before_save(ema)
@@ -356,7 +384,8 @@ def main():
                              preset=args.preset, **stage.about)
         checkpoints.write(state_path, {
             "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
-            "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+            "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+            "memory": memory}, kept=checkpoints.previous(state_path))
 
     def show(step):
         """A grid of samples: raw weights above, EMA below."""

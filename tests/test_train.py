@@ -106,12 +106,8 @@ def test_resumed_equals_uninterrupted(toy, copy_run, works, stage):
         shutil.rmtree(run)
     (a, curve_a), (b, curve_b) = states.values()
     assert a["step"] == b["step"] == 4 and a["configs"] == b["configs"]
-    if stage == 0:  # images come from numpy, whose alignment varies and with it the last bit of a convolution
-        assert curve_a == pytest.approx(curve_b, abs=1e-5)
-        assert max(mean_difference(a[k], b[k]) for k in ("raw", "ema")) < 1e-5
-    else:
-        assert curve_a == curve_b
-        assert_same(a, b)
+    assert curve_a == curve_b
+    assert_same(a, b)
 
 
 def test_saved_in_the_middle(toy, copy_run, works, monkeypatch, script):
