@@ -2,11 +2,17 @@
 
 Every script calls `setup()` once. Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU);
 under plain `python` the same code runs as rank 0 of 1. Nothing here knows about models.
+
+What may happen to a long run is met here: signals and numbers that are not finite (`Watch`), and ranks that die
+(`Pulse`).
 """
 import hashlib
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import nullcontext
@@ -17,8 +23,16 @@ import torch
 import torch.distributed as dist
 
 
+SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
+PULSE = None  # this process's `Pulse`, when there are several
+
+
 class UserError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do; scripts print it, no traceback."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the script: Stopped(number, sentence)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,8 @@ def setup(device: str | None = None) -> World:
     if ranks > 1 and not dist.is_initialized():
         # a long timeout: rank 0 writes files and measures while the others wait
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        global PULSE
+        PULSE = Pulse(dist.get_rank(), ranks)
     return World(torch.device(device), dist.get_rank() if ranks > 1 else 0, ranks)
 
 
@@ -89,6 +105,121 @@ def agree(value, what: str):
             raise UserError(f"the ranks disagree on {what}: {values}; do all nodes see the same disk?")
 
 
+class Pulse:
+    """A thread of each rank that shows that it lives, looks at the next rank, and ends the process when one has died.
+
+    NCCL would wait for a dead rank until its timeout, for hours; gloo would end with a traceback that names nobody.
+    The store is the one through which the ranks met; torchrun keeps it on the first node.
+    """
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.over = rank, size, threading.Event()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        # torchrun's store outlives its workers: a restart must not read the notes of those before
+        self.store = dist.PrefixStore(f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store.set(f"{rank}", "0")
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        beats, other, last, changed = 0, (self.rank + 1) % self.size, None, time.monotonic()
+        try:
+            while not self.over.wait(1.0):
+                beats += 1
+                self.store.set(f"{self.rank}", str(beats))
+                now = self.store.get(f"{other}")
+                if now != last:
+                    last, changed = now, time.monotonic()
+                if now != b"over" and time.monotonic() - changed > SILENCE and self.first_to_tell(other):
+                    print(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end. The same "
+                          f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+                if self.store.check(["dead"]):
+                    os._exit(1)
+        except RuntimeError:  # the store is gone, and with it the node that had it
+            if not self.over.is_set():
+                print(f"rank {self.rank}: the first node does not answer any more; the same command goes on from the "
+                      f"last checkpoint.", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def first_to_tell(self, rank) -> bool:
+        """Notes that `rank` has died. True for the one that notes it first, who tells the user."""
+        return self.store.add("told", 1) == 1 and (self.store.set("dead", str(rank)) or True)
+
+    def stop(self):
+        """For a rank that ends in order, and may do so before the others."""
+        self.over.set()
+        self.thread.join()
+        self.store.set(f"{self.rank}", "over")
+
+
+class Watch:
+    """What all ranks must answer alike after a step: was it finite, and has one of them been asked to stop?
+
+    The first answer stays on the device, where the optimizer reads it. The second is the host's, goes through a gloo
+    group of its own while the next step runs, and so comes a step late. Neither lets the host wait for the device.
+    """
+    patience = 10  # steps in a row that are not finite
+
+    def __init__(self, world: World, skipped=0):
+        self.world, self.device = world, world.device
+        zero = lambda value=0: torch.tensor(float(value), device=world.device)
+        self.total, self.steps, self.skipped, self.row, self.longest = zero(), 0, zero(skipped), zero(), zero()
+        self.reported = skipped
+        self.hosts = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.signal, self.answer = torch.zeros((), dtype=torch.long), None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The first signal is a wish, a second Ctrl-C is not; under torchrun, which passes Ctrl-C on, it is the same."""
+        if self.signal and number == signal.SIGINT and self.world.size == 1:
+            raise KeyboardInterrupt
+        self.signal.fill_(number)
+
+    def bad(self, loss, norms) -> torch.Tensor:
+        """1.0 on the device if on any rank the loss of this step or a gradient norm is not finite, else 0.0."""
+        bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
+        if self.hosts:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        self.total += torch.where(bad > 0, 0.0, loss)
+        self.steps += 1
+        self.skipped += bad
+        self.row = (self.row + bad) * bad
+        self.longest = torch.maximum(self.longest, self.row)
+        return bad
+
+    def report(self):
+        """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row; waits."""
+        if self.longest >= self.patience:
+            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
+                            "checkpoint is from before; go on from it with a lower --lr.")
+        skipped = int(self.skipped)
+        finite = self.steps - (skipped - self.reported)
+        mean = float(all_mean(self.total)) / finite if finite else math.nan
+        self.total, self.steps, self.reported = torch.zeros_like(self.total), 0, skipped
+        return mean, skipped, int(self.row)
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that any rank had received one step ago (one process: by now), or 0."""
+        if not self.hosts:
+            return int(self.signal)
+        number = 0
+        if self.answer is not None:
+            self.work.wait()
+            number = int(self.answer)
+        self.answer = self.signal.clone()
+        self.work = dist.all_reduce(self.answer, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
+        return number
+
+
+def step_unless(bad: torch.Tensor, optimizer):
+    """A step of a fused AdamW, which leaves weights and moments alone where `bad` is 1: decided on the device."""
+    optimizer.found_inf = bad  # a loss scaler's way to say so
+    if bad.device.type != "mps" or not bad:  # whose kernel was not seen to look at it: there the host asks and waits
+        optimizer.step()
+
+
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
@@ -107,7 +238,8 @@ def autocast(device: torch.device):
 
 
 def log(path: str, **record):
-    """Appends one JSON line to `path`."""
+    """Appends one JSON line to `path`; numbers that are not finite, which JSON does not know, become null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         with open(path, "a") as f:
             f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
@@ -116,23 +248,45 @@ def log(path: str, **record):
 
 
 def run_script(main):
-    """Runs main() and ends the process: a user's mistake becomes one sentence and exit code 1, Ctrl-C a clean stop."""
-    code = 1
+    """Runs main() and ends the process: a user's mistake becomes one sentence and exit code 1, a signal a clean stop."""
+    def stop(number, frame):
+        raise Stopped(number, "stopped; run the same command again to go on")
+
+    code, before = 1, {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
         code = 0
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        code = 130
-    except BaseException:
+        if not PULSE or PULSE.first_to_tell(PULSE.rank):  # ranks tend to have the same mistake at the same time
+            print(f"{os.path.basename(sys.argv[0])}: {error}" + (f" (rank {PULSE.rank})" if PULSE else ""),
+                  file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        number, sentence = stopped.args or (signal.SIGINT, "stopped; run the same command again to go on")
+        if is_first():
+            print(sentence, file=sys.stderr)
+        code = 128 + number
+    except BaseException as error:
         if not dist.is_initialized():
             raise
-        traceback.print_exc()
+        if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # torchrun was quicker, and names it too
+            PULSE.thread.join(2 * SILENCE)
+        if PULSE.first_to_tell(PULSE.rank):
+            traceback.print_exc()
+            print(f"rank {PULSE.rank} ends with the error above, and with it all others", file=sys.stderr)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if dist.is_initialized():
         if code:  # at once: leaving the group in order could wait for ranks that wait for this one
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
+        PULSE.stop()
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def lost_connection(error) -> bool:
+    """Is this what a collective raises when another rank is gone?"""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection"))

@@ -14,12 +14,13 @@ With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two 
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights),
 train-N.pt (what resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch
 = images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole
-global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (but for dropout, which also
-depends on the rank), and resumes without any generator's state.
+global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (dropout only if the passes hold
+equally many images), and resumes without any generator's state. SIGTERM and Ctrl-C end it after the step, saved.
 """
 import argparse
 import math
 import os
+import signal
 import time
 import warnings
 from contextlib import nullcontext
@@ -39,7 +40,8 @@ from data import Cache, Folder, ahead
 from diffloss import T as TIMESTEPS, HeadNet
 from fusion import FUSIONS
 from presets import PRESETS
-from runtime import UserError, agree, all_mean, autocast, barrier, broadcast, log, print0, rng, run_script, setup
+from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, log, print0, rng,
+                     run_script, setup, step_unless)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -355,14 +357,17 @@ def main():
     learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
               {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     first = 0
     if state is not None:
         ema.load_state_dict(state["ema"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True  # loading takes the file's word for it; the first version saved False on CPUs
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         print0(f"resuming {state_path} at step {first:,}")
     agree(first, "the step to resume at")
+    watch = Watch(world, state.get("skipped", 0) if state else 0)
     if args.compile:  # in place: names of parameters stay, the EMA stays as it is
         for module in stage.trained.modules():
             if isinstance(module, COMPILED):
@@ -385,7 +390,7 @@ def main():
         checkpoints.write(state_path, {
             "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
             "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "memory": memory}, kept=checkpoints.previous(state_path))
+            "memory": memory, "skipped": watch.reported}, kept=checkpoints.previous(state_path))
 
     def show(step):
         """A grid of samples: raw weights above, EMA below."""
@@ -413,15 +418,16 @@ def main():
     batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
-    total, seen, clock, notes = torch.zeros((), device=world.device), 0, time.time(), {}
+    seen, clock, notes = 0, time.time(), {}
     stage.trained.train()
     for step in range(first, steps):
         rate = lr * min(1.0, (step + 1) / (warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        total = torch.zeros((), device=world.device)
         for k in range(args.accumulate):
-            # dropout: a seed of its own for every step, pass and rank
-            torch.manual_seed(rng("cpu", "dropout", args.seed, step, k, world.rank).initial_seed())
+            # dropout: a seed of its own for every step and pass; equal passes on any number of ranks draw the same
+            torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows(k).start).initial_seed())
             batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
             last = k == args.accumulate - 1
             with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
@@ -429,30 +435,31 @@ def main():
             loss.backward()  # DDP decides in forward whether this synchronises
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
-        optimizer.step()
+        step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
         decay = min(recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
         notes.update(stage.after(step, steps, ema))
         seen += 1
-        done = step + 1
-        save_now = done % args.save_every == 0 or done == steps
+        done, stop = step + 1, watch.asked_to_stop()
+        save_now = done % args.save_every == 0 or done == steps or stop
         if done % args.log_every == 0 or save_now:  # besides saves and pictures, what waits for the device
-            mean = float(all_mean(total / seen))
-            if not math.isfinite(mean):  # on all ranks alike, before anything is saved
-                raise UserError(f"the loss is not finite at step {done}; {args.run} keeps the last good weights. "
-                                "Resume with a lower --lr.")
+            loss, skipped, row = watch.report()
             speed = seen * args.batch / (time.time() - clock)
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             if world.rank == 0:
-                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=mean, lr=rate,
-                    grad_norm=float(sum(norms)), images_per_s=round(speed, 1), **notes)
-            total.zero_()
+                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
+                    grad_norm=float(sum(norms)), skipped=skipped, images_per_s=round(speed, 1), **notes)
             seen, clock, notes = 0, time.time(), {}
+            save_now = save_now and (not row or done == steps or stop)  # not while it is open whether this run recovers
         before = time.time()
         if save_now:
             save(done)
+        if stop:
+            barrier()  # rank 0 has saved
+            raise Stopped(stop, f"{signal.Signals(stop).name}: stopped after step {done:,}, which is saved; the same "
+                          "command goes on from there")
         if args.grid_every and (done % args.grid_every == 0 or done == steps):
             show(done)
         clock += time.time() - before  # so that images/s is that of training
