@@ -15,12 +15,14 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
@@ -105,6 +107,60 @@ def agree(value, what: str):
             raise UserError(f"the ranks disagree on {what}: {values}; do all nodes see the same disk?")
 
 
+def spread(module, ema, world: World, shard: bool, parts: tuple):
+    """-> what the loop calls for the loss of `module` on several ranks, whose gradients are averaged in backward.
+
+    Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
+    its gradient, moments and EMA (FSDP2): modules of the types `parts` are put together while they compute, one after
+    the other, all else once a pass.
+    """
+    if not shard:
+        if world.size == 1:
+            return module
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    from torch.distributed.device_mesh import init_device_mesh  # a second of importing, which only --shard shall cost
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for m in [m for m in reversed(list(module.modules())) if isinstance(m, parts)] + [module, *ema.values()]:
+        fully_shard(m, mesh=mesh)
+        if hasattr(m, "keys_values"):  # called from outside, once an image
+            register_fsdp_forward_method(m, "keys_values")
+    return module
+
+
+def passes(module, last: bool):
+    """The context of a forward under `spread`: gradients travel in the last pass of a step only."""
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(last)
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def whole(value):
+    """A nested dict or list with its shards put together, on the CPU of rank 0; for all ranks to call."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    if not hasattr(value, "full_tensor"):  # no shard (a DTensor)
+        return value
+    full = value.full_tensor()
+    return full.cpu() if is_first() else None
+
+
+def share(optimizer):
+    """Of moments that came whole from a file, keeps the share that belongs to this rank's parameters."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if hasattr(p, "full_tensor") and value.shape == p.shape:
+                state[name] = distribute_tensor(value, p.device_mesh, p.placements)
+
+
 class Pulse:
     """A thread of each rank that shows that it lives, looks at the next rank, and ends the process when one has died.
 
@@ -179,6 +235,8 @@ class Watch:
 
     def bad(self, loss, norms) -> torch.Tensor:
         """1.0 on the device if on any rank the loss of this step or a gradient norm is not finite, else 0.0."""
+        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+        self.norm = sum(norms)
         bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
         if self.hosts:
             dist.all_reduce(bad, dist.ReduceOp.MAX)

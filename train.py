@@ -22,14 +22,11 @@ import math
 import os
 import signal
 import time
-import warnings
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
@@ -38,10 +35,10 @@ import prior
 import sample
 from data import Cache, Folder, ahead
 from diffloss import T as TIMESTEPS, HeadNet
-from fusion import FUSIONS
+from fusion import FUSIONS, Attention
 from presets import PRESETS
-from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, log, print0, rng,
-                     run_script, setup, step_unless)
+from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, log, passes, print0, rng,
+                     run_script, setup, share, spread, step_unless, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -250,6 +247,7 @@ class GeneratorStage(OnCache):
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
+SHARDED = (generator.Block, prior.Block, Attention)  # what --shard puts together one by one
 COMPILED = (Encoder, Decoder, generator.Block, prior.Block, HeadNet)  # what --compile compiles
 
 
@@ -276,6 +274,8 @@ def parse_args():
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
+    parser.add_argument("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among "
+                        "the ranks (FSDP2), for what outgrows one GPU")
     parser.add_argument("--fresh", action="store_true", help="start over; what the stage has made so far is moved to "
                         "RUN/before-N")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
@@ -287,6 +287,8 @@ def parse_args():
         raise UserError("--seed must not be negative.")
     if args.only and args.stage != 0:
         raise UserError("--only vq or kl is for stage 0.")
+    if args.shard and (args.stage == 0 or "LOCAL_RANK" not in os.environ):
+        raise UserError("--shard is for stages 1 and 2 under torchrun.")
     args.data = args.data or os.path.join("data", "cache")
     return args
 
@@ -298,8 +300,8 @@ def main():
     recipe = replace(recipe, **{k: v for k in ("batch", "lr") if (v := getattr(args, k)) is not None})
     args.batch, per_rank = recipe.batch, recipe.batch // world.size
     if args.accumulate is None:
-        passes = range(1, max(1, per_rank) + 1)
-        args.accumulate = next((n for n in passes if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
+        counts = range(1, max(1, per_rank) + 1)
+        args.accumulate = next((n for n in counts if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
     if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
     if args.grid_every < 0:
@@ -354,51 +356,59 @@ def main():
     for tensor in stage.trained.state_dict().values():
         broadcast(tensor)  # the EMA below starts out the same on every rank, as the weights do
     ema = deepcopy(stage.trained).eval().requires_grad_(False)
+    if state is not None:
+        ema.load_state_dict(state["ema"])
+    if args.compile:  # in place: names of parameters stay, the EMA stays as it is
+        for module in stage.trained.modules():
+            if isinstance(module, COMPILED):
+                module.compile()
+    loss_of = spread(stage, ema, world, args.shard, SHARDED)  # what the loop calls; `stage` stays unwrapped
     learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
               {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     first = 0
     if state is not None:
-        ema.load_state_dict(state["ema"])
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = True  # loading takes the file's word for it; the first version saved False on CPUs
         optimizer.load_state_dict(state["optimizer"])
+        if args.shard:
+            share(optimizer)
         first = state["step"]
         print0(f"resuming {state_path} at step {first:,}")
     agree(first, "the step to resume at")
     watch = Watch(world, state.get("skipped", 0) if state else 0)
-    if args.compile:  # in place: names of parameters stay, the EMA stays as it is
-        for module in stage.trained.modules():
-            if isinstance(module, COMPILED):
-                module.compile()
-    loss_of = stage  # `loss_of` is what the loop calls, `stage` stays unwrapped
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        loss_of = DistributedDataParallel(stage, device_ids=ids, broadcast_buffers=False)
+    def plain(models):
+        """The models as rank 0 can use them alone. For all ranks to call: under --shard each has a share only."""
+        if not args.shard:
+            return models
+        state = whole(models.state_dict())
+        if world.rank > 0:
+            return None
+        models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.cfg) for kind, m in models.items()})
+        models.load_state_dict(state)
+        return models.to(world.device).eval()
 
     def save(step):
-        memory = stage.memory()
+        memory, weights = stage.memory(), plain(ema)
+        states = whole({"raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
         if world.rank > 0:
             return
-        stage.before_save(ema)
-        for kind, model in ema.items():
+        stage.before_save(weights)
+        for kind, model in weights.items():
             checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step,
                              preset=args.preset, **stage.about)
         checkpoints.write(state_path, {
             "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
-            "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "memory": memory, "skipped": watch.reported}, kept=checkpoints.previous(state_path))
+            "memory": memory, "skipped": watch.reported, **states}, kept=checkpoints.previous(state_path))
 
     def show(step):
         """A grid of samples: raw weights above, EMA below."""
-        if world.rank > 0:
-            return
         stage.trained.eval()
         pictures = []
-        for models in (stage.trained, ema):
+        for models in (plain(stage.trained), plain(ema)):
+            if world.rank > 0:
+                continue
             try:
                 pictures.append(stage.picture(models))
             except UserError as error:  # raw weights of the first steps may give values that are no picture
@@ -413,9 +423,9 @@ def main():
         start = (k * world.size + world.rank) * micro
         return slice(start, start + micro)
 
-    passes = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
+    order = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
-    batches = ahead(lambda where: stage.data.batch(numbers(*where)), passes)
+    batches = ahead(lambda where: stage.data.batch(numbers(*where)), order)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
     seen, clock, notes = 0, time.time(), {}
@@ -429,10 +439,9 @@ def main():
             # dropout: a seed of its own for every step and pass; equal passes on any number of ranks draw the same
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows(k).start).initial_seed())
             batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
-            last = k == args.accumulate - 1
-            with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
+            with passes(loss_of, last=k == args.accumulate - 1), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
-            loss.backward()  # DDP decides in forward whether this synchronises
+            loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
@@ -450,7 +459,7 @@ def main():
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             if world.rank == 0:
                 log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
-                    grad_norm=float(sum(norms)), skipped=skipped, images_per_s=round(speed, 1), **notes)
+                    grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             seen, clock, notes = 0, time.time(), {}
             save_now = save_now and (not row or done == steps or stop)  # not while it is open whether this run recovers
         before = time.time()
