@@ -228,7 +228,7 @@ class Watch:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        """The first signal is a wish, a second Ctrl-C is not; under torchrun, which passes Ctrl-C on, it is the same."""
+        """The first signal is a wish, a second Ctrl-C an order, but for several ranks: torchrun repeats the first."""
         if self.signal and number == signal.SIGINT and self.world.size == 1:
             raise KeyboardInterrupt
         self.signal.fill_(number)
@@ -306,7 +306,7 @@ def log(path: str, **record):
 
 
 def run_script(main):
-    """Runs main() and ends the process: a user's mistake becomes one sentence and exit code 1, a signal a clean stop."""
+    """Runs main() and ends the process: a user's mistake becomes a sentence and exit code 1, a signal a clean stop."""
     def stop(number, frame):
         raise Stopped(number, "stopped; run the same command again to go on")
 

@@ -391,7 +391,8 @@ def main():
 
     def save(step):
         memory, weights = stage.memory(), plain(ema)
-        states = whole({"raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+        parts = {"raw": stage.trained, "ema": ema, "optimizer": optimizer}
+        states = whole({name: part.state_dict() for name, part in parts.items()})
         if world.rank > 0:
             return
         stage.before_save(weights)
@@ -466,7 +467,7 @@ def main():
         if save_now:
             save(done)
         if stop:
-            barrier()  # rank 0 has saved
+            bar.close(), barrier()  # rank 0 has saved
             raise Stopped(stop, f"{signal.Signals(stop).name}: stopped after step {done:,}, which is saved; the same "
                           "command goes on from there")
         if args.grid_every and (done % args.grid_every == 0 or done == steps):
