@@ -285,9 +285,9 @@ def create(path: str, h: dict, p: int, labels: list):
                 array[:] = labels[p * h["part"]:][:len(array)]
                 array.flush()
     except OSError as error:
-        for file, *_ in files.values():
-            if os.path.exists(file):
-                os.unlink(file)
+        for written, *_ in files.values():
+            if os.path.exists(written):
+                os.unlink(written)
         raise UserError(f"cannot write {file}: {error.strerror}; free some space or choose another --out.") from None
 
 
@@ -317,7 +317,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
         begin(out, header)
     barrier()
     mine = range(node, parts(header), nodes)
-    if rank == 0:
+    if rank == 0 and not read_header(out)["complete"]:
         for p in mine:
             if not os.path.exists(layout(out, header, p)["done"][0]):
                 create(out, header, p, labels)
