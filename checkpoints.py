@@ -154,15 +154,13 @@ def newest(path: str) -> dict | None:
 
 def set_aside(paths: list):
     """Moves files, where there are any, into the first of the folders before-1, before-2, ... that is not there yet."""
-    paths = [p for p in paths if os.path.exists(p)]
-    if paths and is_first():
-        folder = next(f for i in count_from(1) if not os.path.exists(f := os.path.join(os.path.dirname(paths[0]),
-                                                                                       f"before-{i}")))
+    if paths := [p for p in paths if os.path.exists(p)]:
+        folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
+        folder = next(f for f in folders if not os.path.exists(f))
         os.mkdir(folder)
         for p in paths:
             os.replace(p, os.path.join(folder, os.path.basename(p)))
         print0(f"{', '.join(map(os.path.basename, paths))} moved to {folder}")
-    barrier()
 
 
 def load(path: str, kind: str, ema: bool = True):

@@ -171,9 +171,12 @@ class Pulse:
     def __init__(self, rank, size):
         self.rank, self.size, self.over = rank, size, threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        # torchrun's store outlives its workers: a restart must not read the notes of those before
-        self.store = dist.PrefixStore(f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.job = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        # torchrun's store outlives its workers: a restart must not read the notes of those before. It does not count
+        # restarts alike on all nodes, so the first rank names this one.
+        name = [f"pulse/{time.time()}"]
+        dist.broadcast_object_list(name)
+        self.store = dist.PrefixStore(name[0], self.job)
         self.store.set(f"{rank}", "0")
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -207,6 +210,11 @@ class Pulse:
         self.over.set()
         self.thread.join()
         self.store.set(f"{self.rank}", "over")
+
+
+def is_restart() -> bool:
+    """For rank 0, once a process: has torchrun started the same command before?"""
+    return PULSE is not None and PULSE.job.add("starts", 1) > 1
 
 
 class Watch:

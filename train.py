@@ -12,10 +12,13 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights),
-train-N.pt (what resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch
-= images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole
-global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (dropout only if the passes hold
-equally many images), and resumes without any generator's state. SIGTERM and Ctrl-C end it after the step, saved.
+train-N.pt (what resuming needs; the one before it is train-N.previous.pt), log.jsonl, where a step that was repeated
+after a stop stands twice, and every --grid-every steps a picture of samples in grids/.
+
+Global batch = images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k)
+for the whole global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (dropout only if
+the passes hold equally many images), and resumes without any generator's state. SIGTERM and Ctrl-C end it after the
+step, saved.
 """
 import argparse
 import math
@@ -37,8 +40,8 @@ from data import Cache, Folder, ahead
 from diffloss import T as TIMESTEPS, HeadNet
 from fusion import FUSIONS, Attention
 from presets import PRESETS
-from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, log, passes, print0, rng,
-                     run_script, setup, share, spread, step_unless, whole)
+from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
+                     print0, rng, run_script, setup, share, spread, step_unless, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -335,9 +338,10 @@ def main():
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
     if world.rank == 0:
         checkpoints.sweep(args.run)
-    if args.fresh:
-        checkpoints.set_aside([state_path, checkpoints.previous(state_path),
-                               *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
+        if args.fresh and not is_restart():
+            checkpoints.set_aside([state_path, checkpoints.previous(state_path),
+                                   *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
+    barrier()
     state = checkpoints.newest(state_path)
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
@@ -378,6 +382,8 @@ def main():
         print0(f"resuming {state_path} at step {first:,}")
     agree(first, "the step to resume at")
     watch = Watch(world, state.get("skipped", 0) if state else 0)
+    del state  # gigabytes
+
     def plain(models):
         """The models as rank 0 can use them alone. For all ranks to call: under --shard each has a share only."""
         if not args.shard:

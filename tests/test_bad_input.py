@@ -198,7 +198,8 @@ def array_of_another_cache(c):
 @case("not complete", "run the same data.py command again")
 def incomplete_cache(c):
     cache = copy_cache(c)
-    header = {k: v for k, v in data.read_header(cache).items() if k not in ("checksum", "scale", "unreadable", "labels")}
+    found = ("checksum", "scale", "unreadable", "labels")
+    header = {k: v for k, v in data.read_header(cache).items() if k not in found}
     data.write_header(cache, {**header, "complete": False})
     return train(c, 1, data=cache)
 

@@ -420,7 +420,10 @@ def test_two_hundred_mutations(toy, tmp_path):
 
 @pytest.mark.slow
 def test_killed_rank_and_restart_by_torchrun(toy, copy_run, two_ranks):
-    """One of two ranks is killed at step 7; torchrun starts both again, and they end with an undisturbed run's bits."""
+    """One of two ranks is killed at step 7; torchrun starts both again, and they end with an undisturbed run's bits.
+
+    --fresh holds for the first start only.
+    """
     code = """
 import os, signal, sys
 import data, runtime, train
@@ -432,7 +435,8 @@ def die(self, numbers):
 data.Cache.batch = die
 runtime.run_script(train.main)
 """
-    run, train = copy_run(*STAGE_2), lambda run: [str(x) for x in command(toy, 2, run, 12, "--save-every", 2)[1:]]
+    run, more = copy_run(*STAGE_2), ("--save-every", 2, "--fresh")
+    train = lambda run: [str(x) for x in command(toy, 2, run, 12, *more)[1:]]
     (Path(run) / "dies.py").write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     result = subprocess.run([*torchrun, "--", f"{run}/dies.py", *train(run)], capture_output=True, text=True,
