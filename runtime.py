@@ -190,10 +190,10 @@ class Pulse:
                 now = self.store.get(f"{other}")
                 if now != last:
                     last, changed = now, time.monotonic()
-                if now != b"over" and time.monotonic() - changed > SILENCE and self.first_to_tell(other):
+                if now != b"over" and time.monotonic() - changed > SILENCE and self.first_to_tell():
                     print(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end. The same "
                           f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-                if self.store.check(["dead"]):
+                if self.store.check(["told"]):
                     os._exit(1)
         except RuntimeError:  # the store is gone, and with it the node that had it
             if not self.over.is_set():
@@ -201,9 +201,9 @@ class Pulse:
                       f"last checkpoint.", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def first_to_tell(self, rank) -> bool:
-        """Notes that `rank` has died. True for the one that notes it first, who tells the user."""
-        return self.store.add("told", 1) == 1 and (self.store.set("dead", str(rank)) or True)
+    def first_to_tell(self) -> bool:
+        """True for the first rank that asks, which then tells the user what is wrong; it ends all others."""
+        return self.store.add("told", 1) == 1
 
     def stop(self):
         """For a rank that ends in order, and may do so before the others."""
@@ -226,7 +226,6 @@ class Watch:
     patience = 10  # steps in a row that are not finite
 
     def __init__(self, world: World, skipped=0):
-        self.world, self.device = world, world.device
         zero = lambda value=0: torch.tensor(float(value), device=world.device)
         self.total, self.steps, self.skipped, self.row, self.longest = zero(), 0, zero(skipped), zero(), zero()
         self.reported = skipped
@@ -237,7 +236,7 @@ class Watch:
 
     def note(self, number, frame):
         """The first signal is a wish, a second Ctrl-C an order, but for several ranks: torchrun repeats the first."""
-        if self.signal and number == signal.SIGINT and self.world.size == 1:
+        if self.signal and number == signal.SIGINT and not self.hosts:
             raise KeyboardInterrupt
         self.signal.fill_(number)
 
@@ -323,7 +322,7 @@ def run_script(main):
         main()
         code = 0
     except UserError as error:
-        if not PULSE or PULSE.first_to_tell(PULSE.rank):  # ranks tend to have the same mistake at the same time
+        if not PULSE or PULSE.first_to_tell():  # ranks tend to have the same mistake at the same time
             print(f"{os.path.basename(sys.argv[0])}: {error}" + (f" (rank {PULSE.rank})" if PULSE else ""),
                   file=sys.stderr)
     except KeyboardInterrupt as stopped:
@@ -337,7 +336,7 @@ def run_script(main):
         if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # torchrun was quicker, and names it too
             PULSE.thread.join(2 * SILENCE)
-        if PULSE.first_to_tell(PULSE.rank):
+        if PULSE.first_to_tell():
             traceback.print_exc()
             print(f"rank {PULSE.rank} ends with the error above, and with it all others", file=sys.stderr)
     finally:
