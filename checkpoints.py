@@ -24,16 +24,14 @@ import hashlib
 import os
 import pickle
 import re
-from contextlib import contextmanager
 from dataclasses import asdict, fields
-from glob import escape as glob_escape, glob
 from itertools import count as count_from
 
 import torch
 
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from runtime import UserError, barrier, is_first, print0, run_script
+from runtime import UserError, barrier, is_first, print0, run_script, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -61,41 +59,10 @@ def checksum(state: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def replacing(path: str, kept: str | None = None):
-    """A file to write, which becomes `path` when the block has ended well: temporary file, fsync, rename.
-
-    kept: the name under which the file that was there stays. A kill at any moment leaves a whole file under one of the
-    two names, and a temporary one at most, which `sweep` removes.
-    """
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if kept and os.path.exists(path):
-            os.replace(path, kept)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def sweep(folder: str):
-    """Removes the temporary files of writers that were killed. For one rank, before anything is written."""
-    for path in glob(os.path.join(glob_escape(folder), "**", "*.tmp[0-9]*"), recursive=True):
-        os.unlink(path)
-
-
 def write(path: str, content: dict, kept: str | None = None):
-    """Writes a torch file with a checksum, by `replacing`."""
-    with replacing(path, kept) as f:
-        torch.save({**content, "checksum": checksum(content)}, f)
+    """Writes a torch file with a checksum; `kept` as in `write_file`."""
+    content = {**content, "checksum": checksum(content)}
+    write_file(path, lambda f: torch.save(content, f), kept)
 
 
 def save(path: str, kind: str, config, state: dict, **meta):
@@ -186,7 +153,8 @@ def load_model(path: str, kind: str, device="cpu"):
     model.load_state_dict(state)
     own = content if "format" in content else {}
     model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):

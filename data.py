@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError, barrier, print0, run_script, setup
+from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26  # of an image: 64 million; PIL's own limits only warn at first
@@ -59,8 +59,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((x, y, x + size, y + size))
 
 
-def read_image(path: str, size: int) -> np.ndarray | None:
-    """-> uint8 [3, size, size], or None if the file is no readable image, or too large. Transparency falls on white."""
+def read_image(path: str, size: int | None) -> np.ndarray | None:
+    """-> uint8 [3, size, size], or None if the file is no readable image, or too large. Transparency falls on white.
+
+    size None leaves the picture as it is."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -70,7 +72,8 @@ def read_image(path: str, size: int) -> np.ndarray | None:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(center_crop(image.convert("RGB"), size)).transpose(2, 0, 1).copy()
+            image = image.convert("RGB")
+            return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
     except Exception:  # PIL raises almost anything on broken files
         return None
 
@@ -230,8 +233,8 @@ def read_header(path: str) -> dict:
 
 
 def write_header(path: str, header: dict):
-    with checkpoints.replacing(os.path.join(path, "header.json")) as f:
-        f.write(json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode())
+    content = json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode()
+    write_file(os.path.join(path, "header.json"), lambda f: f.write(content))
 
 
 def text_hash(value) -> str:
@@ -367,7 +370,7 @@ def make_folder(path):
 def begin(out, header):
     """Writes a first header, or checks that the one already there belongs to the same images and tokenizers."""
     if os.path.exists(os.path.join(out, "header.json")):
-        checkpoints.sweep(out)
+        sweep(out)
         there = read_header(out)
         if any(there.get(k) != v for k, v in header.items()):
             raise UserError(f"{out} holds a cache of other images or tokenizers, or of an earlier version; choose "

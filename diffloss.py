@@ -13,16 +13,19 @@ sample once an iteration.
 
 Precision: abar at the last timestep is 2.4e-9, so the first reverse step multiplies an error of the predicted noise
 by mean_x0 * x_from_eps = 316 at 100 steps (632 at 50). Everything here runs in fp32 with autocast off, and no fp16
-comes near.
+comes near; only the hidden layers may use TF32.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-T = 1000  # training timesteps
+T = 1000    # training timesteps
+ROWS = 512  # of one adaLN product in sampling: enough to be limited by arithmetic; a row takes 20 * width floats
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,23 @@ class Schedule:
         self.x_from_eps = [math.sqrt(1 / a - 1) for a in self.abar]
 
 
+@lru_cache
+def respaced(steps, t_max) -> Schedule:
+    return Schedule(spaced_timesteps(steps, t_max))
+
+
 # -------------------------------------------------------------------------------------------------------------- net
+
+@contextmanager
+def tf32():
+    """On GPUs: fp32 matrix products on tensor cores, which round their inputs to 10 bits. Nothing changes elsewhere."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
@@ -125,14 +144,16 @@ class HeadNet(nn.Module):
         return torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears])
 
     def modulations(self, y, stacked):
-        """y [N, width] -> one [N, 3 width] per block, then [N, 2 width]: a matter of time and condition, not of x."""
+        """y [..., width] -> one [..., 3 width] per block, then [..., 2 width]: from time and condition, not from x."""
         width = y.shape[-1]
-        return F.linear(F.silu(y), *stacked).split([3 * width] * len(self.blocks) + [2 * width], dim=-1)
+        with tf32():
+            return F.linear(F.silu(y), *stacked).split([3 * width] * len(self.blocks) + [2 * width], dim=-1)
 
     def body(self, x_t, modulations):
         x = self.input(x_t)                                                     # [N, width]
-        for block, m in zip(self.blocks, modulations):
-            x = block(x, m)
+        with tf32():
+            for block, m in zip(self.blocks, modulations):
+                x = block(x, m)
         shift, scale = modulations[-1].chunk(2, dim=-1)
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
         return self.output(x)                                                   # [N, 2C]
@@ -152,6 +173,8 @@ class DiffusionHead(nn.Module):
         # rows in the order in which `loss` unpacks them
         columns = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
                    s.mean_x0, s.mean_xt, s.min_logvar, s.max_logvar]
+        self.register_buffer("clock", torch.arange(T), persistent=False)
+        self.graphs = None  # or Graphs(), on CUDA
         self.register_buffer("table", torch.tensor(columns, dtype=torch.float32), persistent=False)  # [8, T]
 
     def loss(self, x, z, t=None, noise=None):
@@ -189,22 +212,39 @@ class DiffusionHead(nn.Module):
         code, takes x_T for a sample at t_max and so leaves out the steps that amplify a head's errors most; for heads
         trained briefly.
         """
+        N, C = len(z), self.cfg.token_dim
+        if noise is None:
+            noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
+        guided = z_null is not None and cfg != 1
+        z = (torch.cat([z, z_null]) if guided else z).float()                                    # [N or 2N, D]
+        cfg = torch.full((), float(cfg), device=z.device)
+        loop = lambda *inputs: self.reverse(*inputs, respaced(steps, t_max), temperature)
+        if self.graphs is None:
+            return loop(z, noise, cfg)
+        return self.graphs((N, guided, steps, t_max, temperature), loop, z, noise, cfg)
+
+    def reverse(self, z, noise, cfg, s: Schedule, temperature):
+        """The step loop. z [N, D], or [2N, D] with the null branch behind; noise [S+1, N, C]; cfg: a scalar tensor.
+
+        What does not depend on x is kept out of the steps: the embedding of all times, one projection of z, and the
+        adaLN projections of SiLU(t + c), which are most of the arithmetic. Those belong to (step, row) and do not
+        split into a part of each; but as one product for several steps they read their weights once.
+        """
         with torch.autocast(z.device.type, enabled=False):
-            N, C = len(z), self.cfg.token_dim
-            if noise is None:
-                noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
-            guided = z_null is not None and cfg != 1
-            s = Schedule(spaced_timesteps(steps, t_max))
-            # What does not depend on x is computed once: a row of the time table per step, one projection of z.
-            times = self.net.embed_time(torch.tensor(s.timesteps, device=z.device))              # [S, width]
-            cond = self.net.cond((torch.cat([z, z_null]) if guided else z).float())              # [N or 2N, width]
-            stacked = self.net.stacked()
+            net, N, C, S = self.net, noise.shape[1], noise.shape[2], len(s.timesteps)
+            times = net.embed_time(torch.stack([self.clock[t] for t in s.timesteps]))            # [S, width]
+            cond = net.cond(z)                                                                   # [N or 2N, width]
+            stacked = net.stacked()
+            together = max(1, ROWS // len(z))                                                    # steps per product
             x = noise[0]
-            for k, i in enumerate(reversed(range(steps))):
-                both = torch.cat([x, x]) if guided else x  # both branches see the same x
-                out = self.net.body(both, self.net.modulations(times[i] + cond, stacked))
+            for k, i in enumerate(reversed(range(S))):
+                if k % together == 0:
+                    first = max(0, i + 1 - together)
+                    modulations = net.modulations(times[first:i + 1, None] + cond, stacked)      # each [steps, rows, .]
+                both = x.repeat(len(z) // N, 1)  # both branches see the same x
+                out = net.body(both, [m[i - first] for m in modulations])                        # = net(both, t, z)
                 eps, v = out[:N].chunk(2, dim=-1)
-                if guided:
+                if len(z) > N:
                     null = out[N:, :C]
                     eps = null + cfg * (eps - null)
                 x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps  # not clipped: latents have no fixed range
@@ -214,6 +254,42 @@ class DiffusionHead(nn.Module):
                     logvar = f * s.max_logvar[i] + (1 - f) * s.min_logvar[i]
                     x = x + (0.5 * logvar).exp() * noise[k + 1] * temperature
             return x
+
+
+class Graphs:
+    """CUDA graphs of a function of tensors, one per key: `graphs(key, function, *inputs)` is function(*inputs).
+
+    The step loop launches thousands of kernels, and a launch takes longer than its work; a graph replays them all in
+    one call. The key must hold whatever the function depends on besides the inputs' values. Weights are read where
+    they lie, so training them in place is seen, and new memory for a parameter is not.
+    """
+
+    def __init__(self):
+        self.recorded = {}
+
+    def record(self, function, inputs):
+        """-> what replays function(*inputs), reading and writing the memory of this call, and its output."""
+        if not self.recorded:
+            self.pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*inputs)  # libraries set themselves up at their first call, which must not be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = function(*inputs)
+        return graph.replay, out
+
+    def __call__(self, key, function, *inputs):
+        if key not in self.recorded:
+            kept = [x.clone() for x in inputs]
+            self.recorded[key] = kept, *self.record(function, kept)
+        kept, replay, out = self.recorded[key]
+        for mine, given in zip(kept, inputs):
+            mine.copy_(given)
+        replay()
+        return out.clone()  # the next graph may use the same memory
 
 
 def normal_cdf(x):

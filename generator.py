@@ -207,16 +207,24 @@ class Generator(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- sampling
 
+    def null_condition(self) -> Prepared:
+        """The condition of one null image. The same for all images: computed once per run, `generate` takes it."""
+        device = self.fake_class.device
+        codes = torch.zeros(1, self.cfg.grid**2, dtype=torch.long, device=device)  # fakes take their place
+        return self.condition(torch.full((1,), self.cfg.classes, device=device), codes)
+
     @torch.no_grad()
     def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
-                 orders=None, noise=None, generator=None, t_max=T - 1, progress=None):
+                 orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=1.0, null=None, progress=None):
         """classes [B], codes [B, L] (None for fusion none) -> latents [B, L, C]. MAR section 3.3.
 
-        cfg: guidance, its schedule linear (growing with what is visible) or constant; 1 leaves the null branch away.
-        steps, temperature, t_max: see DiffusionHead.sample. orders [B, L]: a permutation of the positions per image,
-        walked from its end (MAR keeps its first entries masked). noise: a list, one [steps+1, B*n, C] per iteration,
-        batch-major, then raster order of the n positions drawn. generator: a torch.Generator or a list of B.
-        progress: called after every iteration. The module must be in eval mode.
+        cfg: guidance, its schedule linear (growing with what is visible) or constant; 1 leaves the null branch away,
+        and so do iterations whose guidance is below cfg_from. steps: of the head, a number or one for each iteration;
+        temperature, t_max: see DiffusionHead.sample. orders [B, L]: a permutation of the positions per image, walked
+        from its end (MAR keeps its first entries masked). noise: a list, one [steps+1, B*n, C] per iteration,
+        batch-major, then raster order of the n positions drawn. generator: a torch.Generator or a list of B. null:
+        null_condition(), to share between calls. progress: called after every iteration. The module must be in eval
+        mode.
         """
         c, device = self.cfg, classes.device
         B, L = len(classes), c.grid**2
@@ -224,6 +232,7 @@ class Generator(nn.Module):
             raise ValueError(f"iterations must be between 1 and the {L} tokens of an image, not {iterations}")
         if schedule not in ("linear", "constant"):
             raise ValueError(f"guidance schedule must be linear or constant, not {schedule!r}")
+        steps = [steps] * iterations if isinstance(steps, int) else steps
         if orders is None:
             draw = lambda g, b: torch.rand(b, L, generator=g, device=g.device if g else device)
             orders = per_image(generator, B, draw).to(device).argsort(1)
@@ -234,31 +243,37 @@ class Generator(nn.Module):
         walk = orders.flip(1)
         walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip(bounds, bounds[1:])], dim=1)
 
+        alone = self.condition(classes, codes)                           # once per image, for all iterations
         guided = cfg != 1.0
-        if guided:  # both branches in one batch; in the null one the fusion puts fake codes for those given
-            classes = torch.cat([classes, torch.full_like(classes, c.classes)])
-            codes = None if codes is None else torch.cat([codes, codes])
-            walk = torch.cat([walk, walk])
-        condition = self.condition(classes, codes)                       # once per image
-        latents = torch.zeros(len(walk), L, c.token_dim, device=device)  # in the order of `walk`
+        both = joined(alone, null or self.null_condition()) if guided else None
+        latents = torch.zeros(B, L, c.token_dim, device=device)          # in the order of `walk`
         for k, (V, end) in enumerate(zip(bounds, bounds[1:])):
-            encoded = self.run_encoder(latents[:, :V], walk[:, :V], condition)
-            z = self.run_decoder(encoded, walk, V, slice(V, end), condition)                     # [B or 2B, n, D]
-            cond, null = z.flatten(0, 1).split(B * (end - V)) if guided else (z.flatten(0, 1), None)
             # MAR counts at least 1 hidden token, so that a linear schedule ends just below cfg
             scale = 1 + (cfg - 1) * (L - max(hidden[k], 1)) / L if schedule == "linear" else cfg
+            condition, branches = (both, 2) if guided and scale >= cfg_from else (alone, 1)
+            x, positions = latents[:, :V].repeat(branches, 1, 1), walk.repeat(branches, 1)
+            encoded = self.run_encoder(x, positions[:, :V], condition)   # both branches in one batch
+            z = self.run_decoder(encoded, positions, V, slice(V, end), condition)                # [B or 2B, n, D]
+            z, z_null = z.flatten(0, 1).split(B * (end - V)) if branches == 2 else (z.flatten(0, 1), None)
             if noise is not None:
                 noise_k = noise[k]
             else:
-                shape = lambda b: (steps + 1, b * (end - V), c.token_dim)
+                shape = lambda b: (steps[k] + 1, b * (end - V), c.token_dim)
                 draw = lambda g, b: torch.randn(*shape(b), generator=g, device=g.device if g else device)
                 noise_k = per_image(generator, B, draw, dim=1).to(device)
-            x = self.head.sample(cond, null, scale, steps, temperature, noise_k, t_max=t_max)    # [B*n, C]
-            x = x.view(B, end - V, c.token_dim)
-            latents[:, V:end] = torch.cat([x, x]) if guided else x
+            x = self.head.sample(z, z_null, scale, steps[k], temperature, noise_k, t_max=t_max)
+            latents[:, V:end] = x.view(B, end - V, c.token_dim)
             if progress:
                 progress()
-        return rows_at(latents[:B], walk[:B].argsort(1))                 # back to raster order
+        return rows_at(latents, walk.argsort(1))                         # back to raster order
+
+
+def joined(condition: Prepared, null: Prepared) -> Prepared:
+    """The conditions of B images, behind them B times that of the null image."""
+    join = lambda a, b, dim: None if a is None else torch.cat([a, b.expand(*a.shape)], dim)
+    blocks = lambda mine, its: [join(a, b, 1) for a, b in zip(mine, its)]
+    return Prepared(join(condition.prefix, null.prefix, 0), join(condition.masked, null.masked, 0),
+                    blocks(condition.encoder, null.encoder), blocks(condition.decoder, null.decoder))
 
 
 def mask_ratio(uniform):

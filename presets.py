@@ -29,7 +29,9 @@ class Sampling:
     """How a run wants to be sampled. D2C 5.1; prior guidance is LlamaGen's, diffusion steps are MAR's."""
     iterations: int = 64
     steps: int = 100
+    anneal: str = ""            # A:B, head steps from A in the first iteration to B in the last, instead of `steps`
     cfg: float = 4.0
+    cfg_from: float = 1.0       # iterations whose guidance is below it do without the null branch
     schedule: str = "linear"
     temperature: float = 1.0
     prior_cfg: float = 2.0
@@ -61,7 +63,7 @@ OFFICIAL = Preset(256, VQConfig(), KLConfig(), PriorConfig(), B, "teacher_forced
 # Tokenizers of the small presets: convolutions from half resolution on, beside a linear path of 8x8 patches.
 SMALL = dict(ch=32, ch_mult=(1, 2, 2), blocks=1, unshuffle=2, linear_path=True)
 TINY = Preset(
-    64, VQConfig(**SMALL, z_channels=32, codebook_size=512), KLConfig(**SMALL, z_channels=16, scale=1.0),
+    64, VQConfig(**SMALL, z_channels=32, codebook_size=512), KLConfig(**SMALL, z_channels=32, scale=1.0),
     PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8),
     GeneratorConfig("cross_attention", dim=192, depth=3, heads=3, prefix=4, grid=8, head_depth=2, head_width=256,
                     batch_mul=2, dropout=0.0, queries=2, qformer_width=192, qformer_layers=2, qformer_heads=3),

@@ -143,7 +143,6 @@ class Prior(nn.Module):
         logits = self(codes, classes.masked_fill(drop, self.cfg.classes))[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
-    @torch.no_grad()
     def resample(self, codes, classes, uniform):
         """One causal pass over the true codes, then one draw per position from p(q_i | q_<i, class). In eval mode.
 
@@ -152,7 +151,9 @@ class Prior(nn.Module):
         sampling.
         """
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))  # by 32: logits of 16384 codes are large
-        return torch.cat([draw(self(c, y)[:, :-1], u) for c, y, u in parts])
+        with torch.inference_mode():
+            drawn = torch.cat([draw(self(c, y)[:, :-1], u) for c, y, u in parts])
+        return drawn.clone()  # a tensor that autograd may keep
 
     # ------------------------------------------------------------------------------------------------- sampling
 

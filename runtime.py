@@ -6,6 +6,7 @@ under plain `python` the same code runs as rank 0 of 1. Nothing here knows about
 What may happen to a long run is met here: signals and numbers that are not finite (`Watch`), and ranks that die
 (`Pulse`).
 """
+import glob
 import hashlib
 import json
 import math
@@ -280,9 +281,20 @@ class Watch:
 
 def step_unless(bad: torch.Tensor, optimizer):
     """A step of a fused AdamW, which leaves weights and moments alone where `bad` is 1: decided on the device."""
-    optimizer.found_inf = bad  # a loss scaler's way to say so
-    if bad.device.type != "mps" or not bad:  # whose kernel was not seen to look at it: there the host asks and waits
+    if bad.device.type != "mps":
+        optimizer.found_inf = bad  # a loss scaler's way to say so
         optimizer.step()
+    elif not bad:  # no fused AdamW there: the host asks, and waits
+        optimizer.step()
+
+
+def gather(value):
+    """-> the values of all ranks in their order, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
 
 
 def rng(device, *key) -> torch.Generator:
@@ -300,6 +312,36 @@ def autocast(device: torch.device):
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
+
+
+def write_file(path: str, fill, kept: str | None = None):
+    """fill(file) writes a binary file, which becomes `path` once it is whole: temporary file, fsync, rename.
+
+    kept: the name under which the file that was there stays. A kill at any moment leaves a whole file under one of the
+    two names, and a temporary one at most, which `sweep` removes.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if kept and os.path.exists(path):
+            os.replace(path, kept)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def sweep(folder: str):
+    """Removes the temporary files of writers that were killed. For one rank, before anything is written."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp[0-9]*"), recursive=True):
+        os.unlink(path)
 
 
 def log(path: str, **record):

@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
-from generator import Generator
+from diffloss import Graphs
+from generator import Block, Generator, Prepared
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, barrier, print0, rng, run_script, setup
+from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
 from tokenizers import KL, VQ
 
 
@@ -42,6 +43,7 @@ class Run:
     classes: list        # [external id, name] by index
     sampling: Sampling
     device: torch.device
+    null: Prepared | None = None  # the generator's unconditional condition, from the first pictures on
 
 
 @dataclass
@@ -127,6 +129,15 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
+def annealed(text: str, iterations: int) -> list[int]:
+    """"50:5" -> head steps per iteration, linearly from 50 to 5. DiSA (2505.20297): late tokens are nearly known."""
+    try:
+        first, last = (int(n) for n in text.split(":"))
+    except ValueError:
+        raise UserError(f"--anneal takes two numbers of steps, as in 50:5, not {text!r}.") from None
+    return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
+
+
 @torch.inference_mode()
 def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None) -> Samples:
     """classes: B class indices (0..n-1) -> B pictures. indices: the global index of each, which seeds its noise.
@@ -134,17 +145,22 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     progress: called with a number from 0 to 1, the share of work done since the last call.
     """
     s, B = sampling or run.sampling, len(classes)
+    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     step = (lambda share: lambda: progress(share)) if progress else lambda share: None
     codes = coarse = None
+    with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
+        if run.prior is not None:
+            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                                       progress=step(0.1 / run.prior.cfg.grid**2))
+        if run.null is None and s.cfg != 1:
+            run.null = run.generator.null_condition()
+        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
+                                         progress=step((0.9 if run.prior else 1.0) / s.iterations))
     if run.prior is not None:
-        codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                   progress=step(0.1 / run.prior.cfg.grid**2))
         coarse = to_uint8(run.vq.decode(codes))
-    latents = run.generator.generate(classes, codes, s.iterations, s.steps, s.cfg, s.schedule, s.temperature,
-                                     generator=generators, t_max=s.t_max,
-                                     progress=step((0.9 if run.prior else 1.0) / s.iterations))
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
 
 
@@ -160,38 +176,79 @@ def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
 
 
 def save_picture(image: Image.Image, path: str):
-    """Writes a PNG that is either complete or not there."""
-    with checkpoints.replacing(path) as f:
-        image.save(f, format="PNG")
+    write_file(path, lambda f: image.save(f, format="PNG"))
 
 
 def pack(paths, ids, out):
-    """Writes PNG files as one .npz, complete or not at all: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
+    """Writes PNG files as one .npz: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
     try:
         pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"a picture beside {out} cannot be read: {error}; remove it and run again.") from None
-    with checkpoints.replacing(out) as f:
-        np.savez(f, arr_0=pictures, arr_1=np.array(ids))
+    write_file(out, lambda f: np.savez(f, arr_0=pictures, arr_1=np.array(ids)))
 
 
-def same_settings(out, settings, world):
-    """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings."""
-    path = os.path.join(out, "settings.json")
+def picture_name(run: Run, labels: list, i: int) -> str:
+    """Picture i is of class labels[i % n], so that any number of pictures is balanced."""
+    return os.path.join(str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
+
+
+def describe(run: Run, s: Sampling, seed: int, labels: list) -> dict:
+    """All that pictures depend on. Weights are the EMA wherever a file has one."""
+    models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
+    return {"sampling": asdict(s), "seed": seed, "classes": labels, "ema": True,
+            "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
+
+
+def read_settings(folder) -> dict | None:
+    """What `same_settings` wrote about the pictures in a folder, if anything."""
+    path = os.path.join(folder, "settings.json")
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot use {path}: {error}; choose another folder.") from None
+
+
+def same_settings(out, settings, num, world):
+    """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings.
+
+    `num`, the most pictures asked for so far, lets fid.py see that some are missing.
+    """
     if world.rank == 0:
-        checkpoints.sweep(out)
-        if not os.path.exists(path):
-            with checkpoints.replacing(path) as f:
-                f.write(json.dumps(settings, indent=1).encode())
-        try:
-            with open(path) as f:
-                there = json.load(f)
-            changed = [k for k in settings if there.get(k) != settings[k]]
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot use {path}: {error}; choose another --out.") from None
-        if changed:
+        sweep(out)
+        there = read_settings(out) or {}
+        if changed := [k for k in settings if there and there.get(k) != settings[k]]:
             raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
+        content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
+        write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))
     barrier()
+
+
+def add_sampling_flags(parser):
+    for f in fields(Sampling):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
+
+
+def choose_sampling(args, run: Run) -> Sampling:
+    """What the run recommends, under the flags that were given."""
+    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
+    L = run.generator.cfg.grid**2
+    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
+    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
+              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
+              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
+              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
+              (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
+              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
+              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
+    for fine, text in checks:
+        if not fine:
+            raise UserError(text + ".")
+    return s
 
 
 def main():
@@ -205,28 +262,26 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
-    for f in fields(Sampling):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
+    add_sampling_flags(parser)
     args = parser.parse_args()
 
     world = setup(args.device)
     here = os.path.dirname(os.path.abspath(__file__))
     run = load_run(args.run or os.path.join(here, "weights", "tiny"), world.device)
-    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
-    L = run.generator.cfg.grid**2
-    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
-              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-              (1 <= s.steps <= s.t_max + 1, f"--steps must be between 1 and {s.t_max + 1}"),
-              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
-              (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
-              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
-              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1"),
-              (args.num is None or args.num >= 1, "--num must be at least 1"),
-              (args.batch >= 1, "--batch must be at least 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
+    s = choose_sampling(args, run)
+    if args.num is not None and args.num < 1 or args.batch < 1:
+        raise UserError("--num and --batch must be at least 1.")
+    if args.graphs:
+        if run.device.type != "cuda":
+            raise UserError("--graphs is for CUDA.")
+        run.generator.head.graphs = Graphs()
+    if args.compile:
+        for module in run.generator.modules():
+            if isinstance(module, Block):
+                module.compile()
     labels = find_classes(run.classes, args.class_)
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
     to_grid = args.out.lower().endswith(".png")
@@ -243,11 +298,8 @@ def main():
         return
 
     if not to_grid:
-        weights = checkpoints.checksum(run.generator.state_dict())
-        same_settings(folder, {"sampling": asdict(s), "seed": args.seed, "classes": labels, "weights": weights,
-                               "coarse": args.show_coarse}, world)
-    # Picture i is of class labels[i % n], so that any number of pictures is balanced; a grid has one class a row.
-    path = lambda i: os.path.join(folder, str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
+        same_settings(folder, {**describe(run, s, args.seed, labels), "coarse": args.show_coarse}, num, world)
+    path = lambda i: os.path.join(folder, picture_name(run, labels, i))
     mine = range(world.rank, num, world.size)
     todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
     start, pictures = time.time(), {}
@@ -264,7 +316,7 @@ def main():
                     pictures[i] = image
                 else:
                     save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), path(i))
-    if to_grid:
+    if to_grid:  # one class a row
         several = len(labels) > 1
         rows = len(labels) if several else int(num**0.5)
         columns = -(-num // rows)

@@ -27,9 +27,11 @@ import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
@@ -37,11 +39,11 @@ import generator
 import prior
 import sample
 from data import Cache, Folder, ahead
-from diffloss import T as TIMESTEPS, HeadNet
+from diffloss import T as TIMESTEPS, HeadNet, tf32
 from fusion import FUSIONS, Attention
 from presets import PRESETS
 from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
-                     print0, rng, run_script, setup, share, spread, step_unless, whole)
+                     print0, rng, run_script, setup, share, spread, step_unless, sweep, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -250,8 +252,9 @@ class GeneratorStage(OnCache):
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
-SHARDED = (generator.Block, prior.Block, Attention)  # what --shard puts together one by one
-COMPILED = (Encoder, Decoder, generator.Block, prior.Block, HeadNet)  # what --compile compiles
+BLOCKS = (generator.Block, prior.Block)           # what --recompute forgets
+SHARDED = (*BLOCKS, Attention)                    # what --shard puts together one by one
+COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)   # what --compile compiles
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -274,6 +277,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the models")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations of the Transformer blocks but "
+                        "compute them again in the backward pass (gradient checkpointing): less memory, more time")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
@@ -337,7 +342,7 @@ def main():
 
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
     if world.rank == 0:
-        checkpoints.sweep(args.run)
+        sweep(args.run)
         if args.fresh and not is_restart():
             checkpoints.set_aside([state_path, checkpoints.previous(state_path),
                                    *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
@@ -366,15 +371,19 @@ def main():
         for module in stage.trained.modules():
             if isinstance(module, COMPILED):
                 module.compile()
+    if args.recompute:
+        for module in stage.trained.modules():
+            if isinstance(module, BLOCKS):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     loss_of = spread(stage, ema, world, args.shard, SHARDED)  # what the loop calls; `stage` stays unwrapped
     learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
               {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type != "mps")
     first = 0
     if state is not None:
         for group in state["optimizer"]["param_groups"]:
-            group["fused"] = True  # loading takes the file's word for it; the first version saved False on CPUs
+            group["fused"] = world.device.type != "mps"  # else loading takes the word of a file from another device
         optimizer.load_state_dict(state["optimizer"])
         if args.shard:
             share(optimizer)
@@ -432,7 +441,8 @@ def main():
 
     order = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
-    batches = ahead(lambda where: stage.data.batch(numbers(*where)), order)
+    pin = lambda x: x.pin_memory() if world.device.type == "cuda" else x  # copies to the GPU then need no waiting
+    batches = ahead(lambda where: [pin(x) for x in stage.data.batch(numbers(*where))], order)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
     seen, clock, notes = 0, time.time(), {}
@@ -448,7 +458,8 @@ def main():
             batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
             with passes(loss_of, last=k == args.accumulate - 1), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
-            loss.backward()
+            with tf32():  # gradients of the head's first and last layer too; their values are not amplified
+                loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights

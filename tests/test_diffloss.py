@@ -9,7 +9,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffloss import T, DiffusionHead, HeadConfig, Schedule, spaced_timesteps
+import diffloss
+from diffloss import T, DiffusionHead, Graphs, HeadConfig, Schedule, spaced_timesteps
+from reference import alpha_bar, head_net, head_sample
 
 N, C, D = 6, 3, 8
 
@@ -45,39 +47,13 @@ def head():
     return wake(DiffusionHead(HeadConfig(token_dim=C, cond_dim=D, depth=2, width=32)))
 
 
-def alpha_bar(t):
-    """Cosine schedule in float64, from its definition, as a product of clipped steps. t = -1 is clean."""
-    f = lambda i: math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2
-    return math.prod(1 - min(1 - f(i + 1) / f(i), 0.999) for i in range(t + 1))
-
-
-@torch.no_grad()
-def textbook_sample(head, z, z_null, cfg, kept, temperature, noise):
-    """p_sample of improved DDPM over the timesteps `kept`, one network call per branch and step."""
-    x = noise[0]
-    for k, i in enumerate(reversed(range(len(kept)))):
-        a, previous = alpha_bar(kept[i]), alpha_bar(kept[i - 1]) if i else 1.0
-        beta, t = 1 - a / previous, torch.full((len(x),), kept[i])
-        eps, v = head.net(x, t, z).chunk(2, dim=1)
-        if z_null is not None:
-            null = head.net(x, t, z_null)[:, :C]
-            eps = null + cfg * (eps - null)
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        x = (beta * math.sqrt(previous) * x0 + (1 - previous) * math.sqrt(1 - beta) * x) / (1 - a)
-        if i > 0:
-            share = (v + 1) / 2
-            logvar = share * math.log(beta) + (1 - share) * math.log(beta * (1 - previous) / (1 - a))
-            x = x + temperature * (logvar / 2).exp() * noise[k + 1]
-    return x
-
-
 @pytest.mark.parametrize("steps, t_max, cfg, temperature", [
     (1, 999, 1.0, 1.0), (2, 999, 3.0, 1.0), (25, 999, 1.0, 0.9), (25, 950, 3.0, 0.9), (10, 9, 0.5, 1.0)])
 def test_sample_is_the_textbook_loop(head, steps, t_max, cfg, temperature):
     z, z_null, noise = torch.randn(N, D), torch.randn(N, D), torch.randn(steps + 1, N, C)
     kept = spaced_timesteps(steps, t_max)
     assert all(abs(t - i * t_max / max(steps - 1, 1)) < 0.5001 for i, t in enumerate(kept))
-    want = textbook_sample(head, z, z_null if cfg != 1 else None, cfg, kept, temperature, noise)
+    want = head_sample(head, z, z_null if cfg != 1 else None, cfg, steps, temperature, noise, t_max)
     got = head.sample(z, z_null, cfg, steps, temperature, noise, t_max=t_max)
     assert (got - want).norm() < 3e-4 * want.norm()
 
@@ -92,6 +68,48 @@ def test_sample_details(head):
     assert not torch.allclose(x, head.sample(z, steps=5, noise=torch.cat([noise[:4], noise[:2]])))
     seeded = lambda: torch.Generator().manual_seed(7)
     assert torch.equal(head.sample(z, steps=5, generator=seeded()), head.sample(z, steps=5, generator=seeded()))
+
+
+@pytest.mark.parametrize("rows", [1, 5 * N, 1000])
+def test_steps_per_product(head, rows, monkeypatch):
+    """However many steps share an adaLN product: one, two and a half, or all."""
+    z, z_null, noise = torch.randn(N, D), torch.randn(N, D), torch.randn(11, N, C)
+    monkeypatch.setattr(diffloss, "ROWS", rows)
+    want = head_sample(head, z, z_null, 3.0, 10, 0.9, noise)
+    assert (head.sample(z, z_null, 3.0, 10, 0.9, noise) - want).norm() < 3e-4 * want.norm()
+
+
+def test_graphs(head):
+    """Recorded once per key, replayed with new inputs. No GPU: here a replay computes again, into the same output."""
+    class Replayed(Graphs):
+        def record(self, function, inputs):
+            out = function(*inputs)
+            return lambda: out.copy_(function(*inputs)), out
+
+    def call(cfg, seed, rows=N):
+        g = torch.Generator().manual_seed(seed)
+        z, z_null = torch.randn(rows, D, generator=g), torch.randn(rows, D, generator=g)
+        return head.sample(z, z_null, cfg, 5, generator=g)
+
+    calls = (2.0, 0), (3.0, 1), (1.0, 2), (3.0, 3, N - 1), (2.0, 0)
+    want = [call(*c) for c in calls]
+    head.graphs = Replayed()
+    got = [call(*c) for c in calls]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert len(head.graphs.recorded) == 3  # guided, not guided, fewer rows
+
+
+def test_tf32_in_hidden_layers_only(head):
+    """x, the last layer and what leads to them stay in fp32."""
+    seen = {}
+    for name, module in head.net.named_modules():
+        if isinstance(module, nn.Linear):
+            look = lambda *_, name=name: seen.update({name: torch.backends.cuda.matmul.allow_tf32})
+            module.register_forward_pre_hook(look)
+    head.net(torch.randn(N, C), torch.arange(N), torch.randn(N, D))
+    hidden = {n for n, allowed in seen.items() if allowed}
+    assert hidden == {n for n in seen if n.startswith("blocks.")} and "output" in seen and "input" in seen
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_timesteps():
@@ -123,14 +141,14 @@ class ExactNet(nn.Module):
         super().__init__()
         self.x0 = x0
         self.embed_time, self.cond = lambda t: t[:, None], lambda z: torch.zeros(len(z), 1)
-        self.stacked, self.modulations = lambda: None, lambda y, stacked: y
+        self.stacked, self.modulations = lambda: None, lambda y, stacked: [y]
 
-    def body(self, x_t, t):
-        abar = torch.tensor([alpha_bar(int(i)) for i in t]).float()[:, None]
+    def body(self, x_t, modulations):
+        abar = torch.tensor([alpha_bar(int(t)) for t in modulations[0]]).float()[:, None]
         return torch.cat([(x_t - abar.sqrt() * self.x0) / (1 - abar).sqrt(), torch.zeros_like(x_t)], dim=1)
 
     def forward(self, x_t, t, z):
-        return self.body(x_t, t)
+        return self.body(x_t, [t[:, None]])
 
 
 @pytest.mark.parametrize("steps, t_max", [(1, 999), (10, 999), (10, 950)])

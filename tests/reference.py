@@ -1,0 +1,144 @@
+"""The plain form of what the modules compute in a faster one: tests compare results with it, bench.py speed.
+
+Each function does what the official loop does and in its order of work (MAR's sample_tokens, DiffLoss and p_sample,
+LlamaGen's generate), on the weights of our modules: every token through every layer, both branches of guidance at
+every step, the condition at every iteration, boolean masks, coefficients gathered row by row.
+"""
+import math
+
+import torch
+from torch.nn import functional as F
+
+from diffloss import T, Schedule, spaced_timesteps
+from generator import hidden_counts
+from prior import draw, rotate
+
+
+def alpha_bar(t):
+    """Cosine schedule in float64, from its definition, as a product of clipped steps. t = -1 is clean."""
+    f = lambda i: math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return math.prod(1 - min(1 - f(i + 1) / f(i), 0.999) for i in range(t + 1))
+
+
+def head_net(net, x_t, t, z):
+    """x_t [N, C], t [N], z [N, D] -> [N, 2C]: adaLN computed block by block."""
+    y = net.embed_time(t) + net.cond(z)
+    x = net.input(x_t)
+    for block in net.blocks:
+        shift, scale, gate = block.modulation(F.silu(y)).chunk(3, dim=-1)
+        x = x + gate * block.mlp(block.norm(x) * (1 + scale) + shift)
+    shift, scale = net.output_modulation(F.silu(y)).chunk(2, dim=-1)
+    return net.output(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+@torch.no_grad()
+def head_sample(head, z, z_null, cfg, steps, temperature, noise, t_max=T - 1):
+    """DiffusionHead.sample: with guidance, state and noise exist twice, and the network is asked about all of it."""
+    kept = spaced_timesteps(steps, t_max)
+    abar = torch.tensor([alpha_bar(t) for t in kept], dtype=torch.float64)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    beta = 1 - abar / previous
+    posterior = beta * (1 - previous) / (1 - abar)
+    posterior[0] = posterior[1] if steps > 1 else beta[0]
+    at = lambda values, i: values.to(z.device)[i].float()[:, None]  # one coefficient per row: [rows, 1]
+    guided = z_null is not None
+    both = lambda a: torch.cat([a, a]) if guided else a
+    z, x, kept = both(z) if not guided else torch.cat([z, z_null]), both(noise[0]), torch.tensor(kept, device=z.device)
+    for k, index in enumerate(reversed(range(steps))):
+        i = torch.full((len(x),), index, device=x.device)
+        eps, v = head_net(head.net, x, kept[i], z).chunk(2, dim=-1)
+        if guided:
+            cond, null = eps.chunk(2)
+            eps = both(null + cfg * (cond - null))
+        f = (v + 1) / 2
+        logvar = f * at(beta.log(), i) + (1 - f) * at(posterior.log(), i)
+        x0 = at((1 / abar).sqrt(), i) * x - at((1 / abar - 1).sqrt(), i) * eps
+        mean = at(beta * previous.sqrt() / (1 - abar), i) * x0
+        mean = mean + at((1 - previous) * (1 - beta).sqrt() / (1 - abar), i) * x
+        x = mean + (i != 0)[:, None] * (0.5 * logvar).exp() * both(noise[k + 1]) * temperature
+    return x[:len(noise[0])]
+
+
+def encode(model, latents, mask, condition):
+    """Generator.encode: all rows are embedded and normalised, then boolean indexing keeps those in sight."""
+    x = torch.cat([condition.prefix, model.latent_in(latents)], dim=1)                       # [B, P+L, D]
+    x = model.encoder_in_norm(x + model.encoder_positions)
+    with_prefix = torch.cat([torch.zeros(len(x), model.fusion.slots, device=x.device), mask], dim=1)
+    x = x[(1 - with_prefix).nonzero(as_tuple=True)].reshape(len(x), -1, x.shape[-1])         # [B, P+V, D]
+    for block, keys_values in zip(model.encoder_blocks, condition.encoder):
+        x = block(x, keys_values)
+    return model.encoder_norm(x)
+
+
+def decode(model, encoded, mask, condition):
+    """The decoder in raster order, every row through every block -> z [B, L, D]."""
+    B, P, L = len(mask), model.fusion.slots, mask.shape[1]
+    x = model.decoder_in(encoded)
+    tokens = model.mask_token.expand(B, L, -1) if condition.masked is None else condition.masked
+    rows = torch.cat([x[:, :P], tokens], dim=1).clone()                                      # [B, P+L, D]
+    with_prefix = torch.cat([torch.zeros(B, P, device=x.device), mask], dim=1)
+    rows[(1 - with_prefix).nonzero(as_tuple=True)] = x.flatten(0, 1)
+    x = rows + model.decoder_positions
+    for block, keys_values in zip(model.decoder_blocks, condition.decoder):
+        x = block(x, keys_values)
+    return model.decoder_norm(x)[:, P:] + model.output_positions
+
+
+@torch.no_grad()
+def generate(model, classes, codes, iterations, steps, cfg, schedule, temperature, orders, noise, head=head_sample):
+    """Generator.generate; arguments as there. Both branches and the fusion anew at every iteration."""
+    B, L, C = len(classes), model.cfg.grid**2, model.cfg.token_dim
+    guided = cfg != 1.0
+    mask, tokens = torch.ones(B, L, device=classes.device), torch.zeros(B, L, C, device=classes.device)
+    for k, hidden in enumerate(hidden_counts(L, iterations)):
+        double = lambda a: torch.cat([a, a]) if guided else a
+        labels = torch.cat([classes, torch.full_like(classes, model.cfg.classes)]) if guided else classes
+        condition = model.condition(labels, None if codes is None else double(codes))
+        z = decode(model, encode(model, double(tokens), double(mask), condition), double(mask), condition)
+        later = torch.zeros_like(mask).scatter(1, orders[:, :hidden], 1.0)
+        now = mask.bool() & ~later.bool()                                                    # drawn in this iteration
+        z = z[double(now).nonzero(as_tuple=True)]
+        cond, null = z.chunk(2) if guided else (z, None)
+        scale = 1 + (cfg - 1) * (L - max(hidden, 1)) / L if schedule == "linear" else cfg
+        tokens[now.nonzero(as_tuple=True)] = head(model.head, cond, null, scale, steps, temperature, noise[k])
+        mask = later
+    return tokens
+
+
+def loss(model, latents, classes, codes, mask, t, noise):
+    """Generator.loss: the head on every token, masked afterwards. Arguments as there."""
+    condition = model.condition(classes, codes)
+    z = decode(model, encode(model, latents, mask, condition), mask, condition)
+    repeat = lambda a: a.expand(len(t), *a.shape).flatten(0, 2)
+    rows = model.head.loss(repeat(latents), repeat(z), t.flatten(), noise.flatten(0, 2))     # [M*B*L]
+    hidden = mask.expand(len(t), *mask.shape).flatten()
+    return (rows * hidden).sum() / hidden.sum()
+
+
+@torch.no_grad()
+def prior_generate(model, classes, cfg, temperature, uniform):
+    """Prior.generate: static cache, every query masked against its whole length, projections one by one."""
+    B, L, H = len(classes), model.cfg.grid**2, model.cfg.heads
+    labels = torch.cat([classes, torch.full_like(classes, model.cfg.classes)])
+    shape = (2 * B, H, L + 1, model.cfg.dim // H)
+    zeros = lambda: torch.zeros(shape, device=labels.device)
+    caches = [(zeros(), zeros()) for _ in model.blocks]
+    causal = torch.ones(L + 1, L + 1, dtype=torch.bool, device=labels.device).tril()
+    norm = lambda n, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * n.weight
+    x, codes = model.class_embedding(labels)[:, None], []
+    for i in range(L):
+        at = torch.tensor([i], device=labels.device)
+        for block, (keys, values) in zip(model.blocks, caches):
+            qkv = block.wqkv(norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
+            q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))                             # [2B, H, 1, D/H]
+            q, keys[:, :, at], values[:, :, at] = rotate(q, model.rope[at]), rotate(k, model.rope[at]), v
+            # LlamaGen repeats keys and values for grouped heads, once each here: a copy of the whole cache
+            k, v = keys.repeat_interleave(1, dim=1), values.repeat_interleave(1, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal[at][None, None])
+            x = x + block.wo(y.transpose(1, 2).flatten(2))
+            h = norm(block.ffn_norm, x)
+            x = x + block.w2(F.silu(block.w1(h)) * block.w3(h))
+        cond, null = model.output(norm(model.norm, x))[:, -1].float().chunk(2)
+        codes.append(draw((null + cfg * (cond - null)) / temperature, uniform[:, i]))
+        x = model.code_embedding(torch.cat([codes[-1]] * 2))[:, None]
+    return torch.stack(codes, dim=1)
