@@ -1,6 +1,7 @@
 """Files: atomic, self-describing, checksummed; and all that is known about the layouts of official weights.
 
     save(path, kind, config, state, **meta)      writes one of ours
+    newest(path) -> dict                         the training state at `path`, or the one kept before it
     load(path, kind, ema=True) -> config, state  reads ours or an official one; state fits our module of that config
     load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode, with `about`: its meta
     read(path) -> dict                           the raw content of a file, safely
@@ -24,12 +25,13 @@ import os
 import pickle
 import re
 from dataclasses import asdict, fields
+from itertools import count as count_from
 
 import torch
 
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from runtime import UserError, print0, run_script
+from runtime import UserError, barrier, is_first, print0, run_script, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -57,22 +59,10 @@ def checksum(state: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(path: str, content: dict):
-    """Writes a file that is either complete or not there: temporary file, fsync, rename."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as f:
-            torch.save({**content, "checksum": checksum(content)}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+def write(path: str, content: dict, kept: str | None = None):
+    """Writes a torch file with a checksum; `kept` as in `write_file`."""
+    content = {**content, "checksum": checksum(content)}
+    write_file(path, lambda f: torch.save(content, f), kept)
 
 
 def save(path: str, kind: str, config, state: dict, **meta):
@@ -93,7 +83,7 @@ def read(path: str) -> dict:
             what = "holds more than tensors and plain values, which could run code, and is refused"
             raise UserError(f"{path} {what}.") from None
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError):
+    except Exception:  # a flipped bit can make the zip reader and the unpickler raise almost anything
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
@@ -103,6 +93,41 @@ def read(path: str) -> dict:
         if content.get("checksum") != checksum({k: v for k, v in content.items() if k != "checksum"}):
             raise UserError(f"{path} is damaged: its checksum does not fit its content; get it again.")
     return content
+
+
+def previous(path: str) -> str:
+    """The name under which the training state before the newest is kept: train-2.pt -> train-2.previous.pt."""
+    return path.removesuffix(".pt") + ".previous.pt"
+
+
+def newest(path: str) -> dict | None:
+    """The training state `path`; the previous one where that is damaged or gone; None where there is neither."""
+    files = [file for file in (path, previous(path)) if os.path.exists(file)]
+    for file in files:
+        try:
+            content = read(file)
+            break
+        except UserError as error:
+            if file == files[-1]:
+                raise
+            print0(f"note: {error} Going on from {files[-1]}, the one before it.")
+    else:
+        return None
+    barrier()  # every rank has read
+    if file != files[0] and is_first():  # out of the way, lest the next save keep it in the place of the good one
+        os.replace(files[0], f"{files[0]}.damaged")
+    return content
+
+
+def set_aside(paths: list):
+    """Moves files, where there are any, into the first of the folders before-1, before-2, ... that is not there yet."""
+    if paths := [p for p in paths if os.path.exists(p)]:
+        folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
+        folder = next(f for f in folders if not os.path.exists(f))
+        os.mkdir(folder)
+        for p in paths:
+            os.replace(p, os.path.join(folder, os.path.basename(p)))
+        print0(f"{', '.join(map(os.path.basename, paths))} moved to {folder}")
 
 
 def load(path: str, kind: str, ema: bool = True):

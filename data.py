@@ -3,15 +3,20 @@
     python data.py --images DIR --run RUN --out CACHE     tokenise an image folder with the tokenizers of RUN
     python data.py --toy 4000 --out DIR                   write toy pictures as an image folder, 10 classes of 64x64
     torchrun --nproc_per_node=8 -- data.py --images ...   the same over 8 GPUs; run again after a stop, it goes on
+    torchrun --nnodes=4 --nproc_per_node=8 ... -- data.py --images ...          over four nodes that share a disk
 
 An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and
 names; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.
 
 A cache is a folder of memory-mapped arrays over N images, each in two views (as it is, mirrored); codes and moments
-of one entry always come from the same view:
+of one entry always come from the same view. The arrays are cut into parts of 65,536 images, here part 000, each of
+which one node writes: two nodes that write the same page of a shared file may undo each other's work.
 
-    codes.npy    [N, 2, L]        uint16    labels.npy  [N] int32, -1 where the image could not be read
-    moments.npy  [N, 2, 2C, h, w] float16   header.json what it was made from and with, checked by `Cache`
+    codes-000.npy    [n, 2, L]        uint16   labels-000.npy [n] int32, -1 where the image could not be read
+    moments-000.npy  [n, 2, 2C, h, w] float16  sums-000.npy   [n, 2] uint32, CRC-32 of an entry's codes and moments
+    header.json      what it was made from and with, and which images could not be read
+
+Every read checks the sum of its entry. Caches of format 1 are one part, without numbers in the names and without sums.
 
 Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which images step k of a run sees, from the
 seed alone.
@@ -21,6 +26,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import pi
@@ -31,10 +37,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError, barrier, print0, run_script, setup
+from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-CHUNK = 64  # images tokenised and recorded as done together
+MAX_PIXELS = 2**26  # of an image: 64 million; PIL's own limits only warn at first
+CHUNK = 64     # images tokenised and recorded as done together
+PART = 65_536  # images a part, a multiple of CHUNK
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_PIXELS, asked before anything is decoded
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -50,11 +60,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def read_image(path: str, size: int | None) -> np.ndarray | None:
-    """-> uint8 [3, size, size], or None if the file is no readable image. Transparency falls on white.
+    """-> uint8 [3, size, size], or None if the file is no readable image, or too large. Transparency falls on white.
 
     size None leaves the picture as it is."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -62,8 +74,15 @@ def read_image(path: str, size: int | None) -> np.ndarray | None:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
             return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises on broken files
+    except Exception:  # PIL raises almost anything on broken files
         return None
+
+
+def refuse_many(bad: list, paths: list, then=""):
+    """Some unreadable images are left out; more than 1% are a mistake."""
+    if len(bad) > 0.01 * len(paths):
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {bad[0]}; "
+                        f"repair or remove them{then}.")
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:
@@ -121,16 +140,20 @@ class Folder:
         self.root, self.size = root, size
         self.paths, self.labels, self.classes = find_images(root)
         self.order, self.threads = Order(np.arange(len(self.paths)), seed), ThreadPoolExecutor(4)
+        self.unreadable = {}  # path -> None: a set in order
         self.identity = text_hash(self.paths)
 
     def __len__(self):
         return len(self.paths)
 
     def _read(self, image, view):
-        path = os.path.join(self.root, self.paths[image])
-        pixels = read_image(path, self.size)
-        if pixels is None:
-            raise UserError(f"{path} is no readable image; repair or remove it.")
+        """The image, or if it cannot be read the next one that can."""
+        while (pixels := read_image(os.path.join(self.root, self.paths[image]), self.size)) is None:
+            if self.paths[image] not in self.unreadable:
+                self.unreadable[self.paths[image]] = None
+                print0(f"note: {self.root}/{self.paths[image]} cannot be read; the next image takes its place")
+                refuse_many(list(self.unreadable), self.paths)
+            image = (image + 1) % len(self.paths)
         return pixels[:, :, ::-1] if view else pixels
 
     def batch(self, numbers):
@@ -146,8 +169,13 @@ class Cache:
         if not h["complete"]:
             raise UserError(f"the cache {path} is not complete; run the same data.py command again, it goes on.")
         self.classes, self.scale = h["classes"], h["scale"]
-        self.arrays = open_arrays(path, h, "r")
-        readable = np.flatnonzero(self.arrays["labels"] >= 0)
+        self.parts = [open_arrays(path, h, p, "r") for p in range(parts(h))]
+        labels = np.concatenate([a["labels"] for a in self.parts])
+        if h["format"] == 1:
+            print0(f"note: {path} was made by an earlier version of data.py and has no checksums")
+        elif h["labels"] != zlib.crc32(labels):
+            raise UserError(f"{path} was changed: its labels do not fit its header; {AGAIN}.")
+        readable = np.flatnonzero(labels >= 0)
         self.order, self.size, self.identity = Order(readable, seed), len(readable), h["checksum"]
 
     def __len__(self):
@@ -160,10 +188,18 @@ class Cache:
                             f"make it again: python data.py --images DIR --run {os.path.dirname(path)} --out CACHE")
 
     def batch(self, numbers):
-        image, view = self.order(numbers)
-        a = self.arrays
-        return (torch.from_numpy(a["codes"][image, view].astype(np.int64)), torch.from_numpy(a["moments"][image, view]),
-                torch.from_numpy(a["labels"][image].astype(np.int64)))
+        codes, moments, labels = zip(*map(self.entry, *self.order(numbers)))
+        return (torch.from_numpy(np.stack(codes).astype(np.int64)), torch.from_numpy(np.stack(moments)),
+                torch.from_numpy(np.array(labels, np.int64)))
+
+    def entry(self, image, view):
+        """Codes [L], moments [2C, h, w] and label of one image in one view."""
+        p, i = divmod(image, self.header.get("part", self.header["images"]))
+        a = self.parts[p]
+        codes, moments = a["codes"][i, view], a["moments"][i, view]
+        if "sums" in a and a["sums"][i, view] != entry_sum(codes, moments):
+            raise UserError(f"{self.path} is damaged: the checksum of image {image} does not fit; {AGAIN}.")
+        return codes, moments, a["labels"][i]
 
 
 def ahead(load, steps):
@@ -177,6 +213,9 @@ def ahead(load, steps):
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
+
+AGAIN = "remove it and make the cache again with data.py"
+
 
 def read_header(path: str) -> dict:
     try:
@@ -194,41 +233,74 @@ def read_header(path: str) -> dict:
 
 
 def write_header(path: str, header: dict):
-    temporary = os.path.join(path, "header.json.tmp")
-    with open(temporary, "w") as f:
-        json.dump({**header, "checksum": text_hash(header)}, f, indent=1)
-    os.replace(temporary, os.path.join(path, "header.json"))
+    content = json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode()
+    write_file(os.path.join(path, "header.json"), lambda f: f.write(content))
 
 
 def text_hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_arrays(path: str, h: dict, mode: str) -> dict:
-    """The arrays of a cache. mode: r, r+ or w+ (create)."""
-    N, L, g = h["images"], h["grid"] ** 2, h["grid"]
-    layout = {"codes": ((N, 2, L), np.uint16), "moments": ((N, 2, 2 * h["channels"], g, g), np.float16),
-              "labels": ((N,), np.int32), "done": ((-(-N // CHUNK),), np.uint8)}
+def entry_sum(codes, moments) -> int:
+    return zlib.crc32(moments, zlib.crc32(codes))
+
+
+def parts(h: dict) -> int:
+    """The number of parts of a cache."""
+    return -(-h["images"] // h.get("part", h["images"]))
+
+
+def layout(path: str, h: dict, p: int) -> dict:
+    """The arrays of part p: name -> (file, shape, type). `done` comes last and says that the part is all there."""
+    L, g, old = h["grid"] ** 2, h["grid"], h["format"] == 1
+    n = h["images"] if old else min(h["part"], h["images"] - p * h["part"])
+    arrays = {"codes": ((n, 2, L), np.uint16), "moments": ((n, 2, 2 * h["channels"], g, g), np.float16),
+              "labels": ((n,), np.int32), "sums": ((n, 2), np.uint32), "done": ((-(-n // CHUNK),), np.uint8)}
+    return {name: (os.path.join(path, f"{name}.npy" if old else f"{name}-{p:03d}.npy"), shape, dtype)
+            for name, (shape, dtype) in arrays.items() if not (old and name == "sums")}
+
+
+def open_arrays(path: str, h: dict, p: int, mode: str) -> dict:
+    """The arrays of part p. mode: r or r+."""
     arrays = {}
-    for name, (shape, dtype) in layout.items():
-        file = os.path.join(path, f"{name}.npy")
+    for name, (file, shape, dtype) in layout(path, h, p).items():
         try:
-            if mode == "r+":  # which would fill up a file cut short with zeros, where "r" refuses it
-                np.lib.format.open_memmap(file, "r")
-            arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
-        except (OSError, ValueError):
-            if mode == "w+":
-                raise UserError(f"cannot write {file}; free some space or choose another --out.") from None
+            array = np.lib.format.open_memmap(file, "r")  # r+ would fill up a file cut short with zeros
+            if array.shape == shape and array.dtype == dtype and array.flags.c_contiguous:
+                arrays[name] = np.lib.format.open_memmap(file, mode)
+        except Exception:  # numpy reads the header of a damaged file as best it can
             raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again.") from None
-        if arrays[name].shape != shape or arrays[name].dtype != dtype:
+        if name not in arrays:
             raise UserError(f"{file} does not fit its header; remove {path} and make the cache again.")
     return arrays
 
 
+def create(path: str, h: dict, p: int, labels: list):
+    """Allocates the arrays of part p for real: a page of a sparse file that finds the disk full kills the process."""
+    files = layout(path, h, p)
+    try:
+        for name, (file, shape, dtype) in files.items():
+            array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                with open(file, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
+            if name == "labels":
+                array[:] = labels[p * h["part"]:][:len(array)]
+                array.flush()
+    except OSError as error:
+        for written, *_ in files.values():
+            if os.path.exists(written):
+                os.unlink(written)
+        raise UserError(f"cannot write {file}: {error.strerror}; free some space or choose another --out.") from None
+
+
 def tokenise(images: str, run: str, out: str, world, size: int | None = None, dry_run=False):
-    """Writes the cache `out` of the image folder with RUN/vq.pt and RUN/kl.pt. Each rank takes every size-th chunk."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) != world.size:
-        raise UserError("tokenise on one node: two nodes would write the same pages of the cache.")
+    """Writes the cache `out` of the image folder with RUN/vq.pt and RUN/kl.pt.
+
+    Node k of n takes every n-th part, from the k-th on, and its ranks the chunks of these in turn.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # of this node
+    (node, rank), nodes = divmod(world.rank, ranks), world.size // ranks
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     if vq.cfg.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.cfg.codebook_size} codes; a cache holds at most 65,536.")
@@ -236,37 +308,52 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
     if size < 1 or size % vq.stride or size % kl.stride or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
-    header = {"format": 1, "images": len(paths), "grid": size // kl.stride, "channels": kl.cfg.z_channels, "size": size,
-              "codebook": vq.cfg.codebook_size, "classes": classes, "files": text_hash(paths),
-              "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
+    header = {"format": 2, "images": len(paths), "part": PART, "grid": size // kl.stride,
+              "channels": kl.cfg.z_channels, "size": size, "codebook": vq.cfg.codebook_size, "classes": classes,
+              "files": text_hash(paths), "vq": checkpoints.checksum(vq.state_dict()),
+              "kl": checkpoints.checksum(kl.state_dict())}
     print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, two views of "
            f"{header['grid'] ** 2} tokens each")
     if dry_run:
         return
     if world.rank == 0:
-        begin(out, header, labels)
+        begin(out, header)
+    barrier()
+    mine = range(node, parts(header), nodes)
+    if rank == 0 and not read_header(out)["complete"]:
+        for p in mine:
+            if not os.path.exists(layout(out, header, p)["done"][0]):
+                create(out, header, p, labels)
     barrier()
 
-    arrays = open_arrays(out, header, "r+")
-    chunks = [c for c in range(world.rank, len(arrays["done"]), world.size) if not arrays["done"][c]]
+    arrays = {p: open_arrays(out, header, p, "r+") for p in mine}
+    # (part, chunk) of each chunk of 64 images that is this rank's and not done
+    chunks = [(p, c) for p in mine for c in range(rank, len(arrays[p]["done"]), ranks) if not arrays[p]["done"][c]]
     threads = ThreadPoolExecutor(4)
     read = lambda path: read_image(os.path.join(images, path), size)
-    load = lambda c: list(threads.map(read, paths[c * CHUNK:(c + 1) * CHUNK]))
-    bar = tqdm(total=len(chunks) * CHUNK, unit=" images", desc="tokenise", disable=world.rank > 0)
-    for c, pixels in zip(chunks, ahead(load, chunks)):
-        good = [i for i, p in enumerate(pixels) if p is not None]
-        where = c * CHUNK + np.arange(len(pixels))
-        arrays["labels"][np.delete(where, good)] = -1
-        if good:
-            x = to_float(np.stack([pixels[i] for i in good])).to(world.device)
-            for view, y in enumerate((x, x.flip(-1))):
-                arrays["codes"][where[good], view] = vq.encode(y).cpu().numpy().astype(np.uint16)
-                arrays["moments"][where[good], view] = kl.encode(y).cpu().numpy().astype(np.float16)
-        for name in ("codes", "moments", "labels"):
-            arrays[name].flush()
-        arrays["done"][c] = 1  # after its data is on disk, so that a kill loses at most this chunk
-        bar.update(len(pixels))
-    bar.close()
+    place = lambda p, c: slice(p * PART + c * CHUNK, min(p * PART + (c + 1) * CHUNK, (p + 1) * PART))  # of all images
+    load = lambda chunk: list(threads.map(read, paths[place(*chunk)]))
+    bad, look = [], dict(unit=" images", desc="tokenise", disable=world.rank > 0)
+    with tqdm(total=len(chunks) * CHUNK, **look) as bar:
+        for (p, c), pixels in zip(chunks, ahead(load, chunks)):
+            names, a = paths[place(p, c)], arrays[p]
+            bad += [name for name, x in zip(names, pixels) if x is None]
+            refuse_many(bad, paths, f", then remove {out} and run again")
+            good = np.array([i for i, x in enumerate(pixels) if x is not None], dtype=int)
+            rows = c * CHUNK + good
+            a["labels"][np.delete(c * CHUNK + np.arange(len(pixels)), good)] = -1
+            if len(good):
+                x = to_float(np.stack([pixels[i] for i in good])).to(world.device)
+                for view, y in enumerate((x, x.flip(-1))):
+                    a["codes"][rows, view] = vq.encode(y).cpu().numpy().astype(np.uint16)
+                    a["moments"][rows, view] = kl.encode(y).cpu().numpy().astype(np.float16)
+                    for i in rows:
+                        a["sums"][i, view] = entry_sum(a["codes"][i, view], a["moments"][i, view])
+            for name in ("codes", "moments", "labels", "sums"):
+                a[name].flush()
+            a["done"][c] = 1  # after its data is on disk, so that a kill loses at most this chunk
+            a["done"].flush()
+            bar.update(len(pixels))
     barrier()
     if world.rank == 0:
         finish(out, header, paths, kl.cfg.scale)
@@ -280,37 +367,43 @@ def make_folder(path):
         raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another --out.") from None
 
 
-def begin(out, header, labels):
-    """Creates the arrays, or checks that those already there belong to the same images and tokenizers."""
+def begin(out, header):
+    """Writes a first header, or checks that the one already there belongs to the same images and tokenizers."""
     if os.path.exists(os.path.join(out, "header.json")):
+        sweep(out)
         there = read_header(out)
         if any(there.get(k) != v for k, v in header.items()):
-            raise UserError(f"{out} holds a cache of other images or tokenizers; choose another --out or remove it.")
-        return
-    make_folder(out)
-    open_arrays(out, header, "w+")["labels"][:] = labels
-    write_header(out, {**header, "complete": False})
+            raise UserError(f"{out} holds a cache of other images or tokenizers, or of an earlier version; choose "
+                            "another --out or remove it.")
+    else:
+        make_folder(out)
+        write_header(out, {**header, "complete": False})
 
 
 def finish(out, header, paths, file_scale):
-    """Measures the scale of the latents, 1 / std over all images and views, and completes the header."""
-    arrays = open_arrays(out, header, "r")
-    if not arrays["done"].all():
-        raise UserError(f"{out} is not complete; run the same command again.")
-    bad = np.flatnonzero(arrays["labels"] < 0)
-    if len(bad) > 0.01 * len(paths):
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {paths[bad[0]]}; "
-                        f"repair or remove them, then remove {out} and run again.")
+    """Checks every sum, measures the scale of the latents, 1 / std over all images and views; completes the header."""
     n = total = squares = 0.0
-    for i in range(0, len(paths), 1024):
-        part = arrays["moments"][i:i + 1024][arrays["labels"][i:i + 1024] >= 0].astype(np.float64)
-        mean, logvar = np.split(part, 2, axis=2)
-        n, total = n + mean.size, total + mean.sum()
-        squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
+    labels, damaged = [], 0
+    for p in range(parts(header)):
+        a = open_arrays(out, header, p, "r+")
+        labels.append(a["labels"])
+        for c in range(len(a["done"])):
+            rows = c * CHUNK + np.flatnonzero(a["labels"][c * CHUNK:(c + 1) * CHUNK] >= 0)
+            sums = [[entry_sum(a["codes"][i, v], a["moments"][i, v]) for v in (0, 1)] for i in rows]
+            if not a["done"][c] or not np.array_equal(a["sums"][rows], np.reshape(sums, (-1, 2))):
+                a["done"][c], damaged = 0, damaged + 1
+            mean, logvar = np.split(a["moments"][rows].astype(np.float64), 2, axis=2)
+            n, total = n + mean.size, total + mean.sum()
+            squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
+    if damaged:
+        raise UserError(f"{damaged} chunks of {out} are not on disk as they were written; run the same command again.")
+    labels = np.concatenate(labels)
+    bad = [paths[i] for i in np.flatnonzero(labels < 0)]
+    refuse_many(bad, paths, f", then remove {out} and run again")
     scale = float((squares / n - (total / n) ** 2) ** -0.5)
     if not np.isfinite(scale):
         raise UserError(f"{out} holds latents that are not finite; kl.pt is damaged or was trained badly.")
-    write_header(out, {**header, "complete": True, "scale": scale, "unreadable": [paths[i] for i in bad]})
+    write_header(out, {**header, "complete": True, "scale": scale, "unreadable": bad, "labels": zlib.crc32(labels)})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, "
            f"latent scale {scale:.4f}")
     if file_scale != 1.0 and abs(scale / file_scale - 1) > 0.05:

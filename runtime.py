@@ -2,23 +2,40 @@
 
 Every script calls `setup()` once. Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU);
 under plain `python` the same code runs as rank 0 of 1. Nothing here knows about models.
+
+What may happen to a long run is met here: signals and numbers that are not finite (`Watch`), and ranks that die
+(`Pulse`).
 """
+import glob
 import hashlib
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
+PULSE = None  # this process's `Pulse`, when there are several
 
 
 class UserError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do; scripts print it, no traceback."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the script: Stopped(number, sentence)."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +64,19 @@ def setup(device: str | None = None) -> World:
     if ranks > 1 and not dist.is_initialized():
         # a long timeout: rank 0 writes files and measures while the others wait
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        global PULSE
+        PULSE = Pulse(dist.get_rank(), ranks)
     return World(torch.device(device), dist.get_rank() if ranks > 1 else 0, ranks)
+
+
+def is_first() -> bool:
+    """Rank 0, which prints and writes the files that all ranks share."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def print0(*words):
     """Prints on rank 0 only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         print(*words, flush=True)
 
 
@@ -110,23 +134,41 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
-def write_file(path: str, fill):
-    """fill(file) writes a binary file that is either complete or not there."""
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def write_file(path: str, fill, kept: str | None = None):
+    """fill(file) writes a binary file, which becomes `path` once it is whole: temporary file, fsync, rename.
+
+    kept: the name under which the file that was there stays. A kill at any moment leaves a whole file under one of the
+    two names, and a temporary one at most, which `sweep` removes.
+    """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if kept and os.path.exists(path):
+            os.replace(path, kept)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
 
 
+def sweep(folder: str):
+    """Removes the temporary files of writers that were killed. For one rank, before anything is written."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp[0-9]*"), recursive=True):
+        os.unlink(path)
+
+
 def log(path: str, **record):
-    """Appends one JSON line to `path`."""
+    """Appends one JSON line to `path`; numbers that are not finite, which JSON does not know, become null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         with open(path, "a") as f:
             f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
@@ -134,24 +176,230 @@ def log(path: str, **record):
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
+# ------------------------------------------------------------------------------------------------------------ many GPUs
+
+def spread(module, ema, world: World, shard: bool, parts: tuple):
+    """-> what the loop calls for the loss of `module` on several ranks, whose gradients are averaged in backward.
+
+    Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
+    its gradient, moments and EMA (FSDP2): modules of the types `parts` are put together while they compute, one after
+    the other, all else once a pass.
+    """
+    if not shard:
+        if world.size == 1:
+            return module
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    from torch.distributed.device_mesh import init_device_mesh  # a second of importing, which only --shard shall cost
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for m in [m for m in reversed(list(module.modules())) if isinstance(m, parts)] + [module, *ema.values()]:
+        fully_shard(m, mesh=mesh)
+        if hasattr(m, "keys_values"):  # called from outside, once an image
+            register_fsdp_forward_method(m, "keys_values")
+    return module
+
+
+def passes(module, last: bool):
+    """The context of a forward under `spread`: gradients travel in the last pass of a step only."""
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(last)
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def whole(value):
+    """A nested dict or list with its shards put together, on the CPU of rank 0; for all ranks to call."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    if not hasattr(value, "full_tensor"):  # no shard (a DTensor)
+        return value
+    full = value.full_tensor()
+    return full.cpu() if is_first() else None
+
+
+def share(optimizer):
+    """Of moments that came whole from a file, keeps the share that belongs to this rank's parameters."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if hasattr(p, "full_tensor") and value.shape == p.shape:
+                state[name] = distribute_tensor(value, p.device_mesh, p.placements)
+
+
+# ---------------------------------------------------------------------------------------------------- what may go wrong
+
+class Pulse:
+    """A thread of each rank that shows that it lives, looks at the next rank, and ends the process when one has died.
+
+    NCCL would wait for a dead rank until its timeout, for hours; gloo would end with a traceback that names nobody.
+    The store is the one through which the ranks met; torchrun keeps it on the first node.
+    """
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.over = rank, size, threading.Event()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.job = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        # torchrun's store outlives its workers: a restart must not read the notes of those before. It does not count
+        # restarts alike on all nodes, so the first rank names this one.
+        name = [f"pulse/{time.time()}"]
+        dist.broadcast_object_list(name)
+        self.store = dist.PrefixStore(name[0], self.job)
+        self.store.set(f"{rank}", "0")
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        beats, other, last, changed = 0, (self.rank + 1) % self.size, None, time.monotonic()
+        try:
+            while not self.over.wait(1.0):
+                beats += 1
+                self.store.set(f"{self.rank}", str(beats))
+                now = self.store.get(f"{other}")
+                if now != last:
+                    last, changed = now, time.monotonic()
+                if now != b"over" and time.monotonic() - changed > SILENCE and self.first_to_tell():
+                    print(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end. The same "
+                          f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+                if self.store.check(["told"]):
+                    os._exit(1)
+        except RuntimeError:  # the store is gone, and with it the node that had it
+            if not self.over.is_set():
+                print(f"rank {self.rank}: the first node does not answer any more; the same command goes on from the "
+                      f"last checkpoint.", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def first_to_tell(self) -> bool:
+        """True for the first rank that asks, which then tells the user what is wrong; it ends all others."""
+        return self.store.add("told", 1) == 1
+
+    def stop(self):
+        """For a rank that ends in order, and may do so before the others."""
+        self.over.set()
+        self.thread.join()
+        self.store.set(f"{self.rank}", "over")
+
+
+def is_restart() -> bool:
+    """For rank 0, once a process: has torchrun started the same command before?"""
+    return PULSE is not None and PULSE.job.add("starts", 1) > 1
+
+
+class Watch:
+    """What all ranks must answer alike after a step: was it finite, and has one of them been asked to stop?
+
+    The first answer stays on the device, where the optimizer reads it. The second is the host's, goes through a gloo
+    group of its own while the next step runs, and so comes a step late. Neither lets the host wait for the device.
+    """
+    patience = 10  # steps in a row that are not finite
+
+    def __init__(self, world: World, skipped=0):
+        zero = lambda value=0: torch.tensor(float(value), device=world.device)
+        self.total, self.steps, self.skipped, self.row, self.longest = zero(), 0, zero(skipped), zero(), zero()
+        self.reported = skipped
+        self.hosts = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.signal, self.answer = torch.zeros((), dtype=torch.long), None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The first signal is a wish, a second Ctrl-C an order, but for several ranks: torchrun repeats the first."""
+        if self.signal and number == signal.SIGINT and not self.hosts:
+            raise KeyboardInterrupt
+        self.signal.fill_(number)
+
+    def bad(self, loss, norms) -> torch.Tensor:
+        """1.0 on the device if on any rank the loss of this step or a gradient norm is not finite, else 0.0."""
+        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+        self.norm = sum(norms)
+        bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
+        if self.hosts:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        self.total += torch.where(bad > 0, 0.0, loss)
+        self.steps += 1
+        self.skipped += bad
+        self.row = (self.row + bad) * bad
+        self.longest = torch.maximum(self.longest, self.row)
+        return bad
+
+    def report(self):
+        """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row; waits."""
+        if self.longest >= self.patience:
+            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
+                            "checkpoint is from before; go on from it with a lower --lr.")
+        skipped = int(self.skipped)
+        finite = self.steps - (skipped - self.reported)
+        mean = float(all_mean(self.total)) / finite if finite else math.nan
+        self.total, self.steps, self.reported = torch.zeros_like(self.total), 0, skipped
+        return mean, skipped, int(self.row)
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that any rank had received one step ago (one process: by now), or 0."""
+        if not self.hosts:
+            return int(self.signal)
+        number = 0
+        if self.answer is not None:
+            self.work.wait()
+            number = int(self.answer)
+        self.answer = self.signal.clone()
+        self.work = dist.all_reduce(self.answer, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
+        return number
+
+
+def step_unless(bad: torch.Tensor, optimizer):
+    """A step of a fused AdamW, which leaves weights and moments alone where `bad` is 1: decided on the device."""
+    if bad.device.type != "mps":
+        optimizer.found_inf = bad  # a loss scaler's way to say so
+        optimizer.step()
+    elif not bad:  # no fused AdamW there: the host asks, and waits
+        optimizer.step()
+
+
 def run_script(main):
-    """Runs main() and ends the process: a user's mistake becomes one sentence and exit code 1, Ctrl-C a clean stop."""
-    code = 1
+    """Runs main() and ends the process: a user's mistake becomes a sentence and exit code 1, a signal a clean stop."""
+    def stop(number, frame):
+        raise Stopped(number, "stopped; run the same command again to go on")
+
+    code, before = 1, {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
         code = 0
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        code = 130
-    except BaseException:
+        if not PULSE or PULSE.first_to_tell():  # ranks tend to have the same mistake at the same time
+            print(f"{os.path.basename(sys.argv[0])}: {error}" + (f" (rank {PULSE.rank})" if PULSE else ""),
+                  file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        number, sentence = stopped.args or (signal.SIGINT, "stopped; run the same command again to go on")
+        if is_first():
+            print(sentence, file=sys.stderr)
+        code = 128 + number
+    except BaseException as error:
         if not dist.is_initialized():
             raise
-        traceback.print_exc()
+        if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # torchrun was quicker, and names it too
+            PULSE.thread.join(2 * SILENCE)
+        if PULSE.first_to_tell():
+            traceback.print_exc()
+            print(f"rank {PULSE.rank} ends with the error above, and with it all others", file=sys.stderr)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if dist.is_initialized():
         if code:  # at once: leaving the group in order could wait for ranks that wait for this one
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
+        PULSE.stop()
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def lost_connection(error) -> bool:
+    """Is this what a collective raises when another rank is gone?"""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection"))

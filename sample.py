@@ -29,7 +29,7 @@ from diffloss import Graphs
 from generator import Block, Generator, Prepared
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, write_file
+from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
 from tokenizers import KL, VQ
 
 
@@ -181,7 +181,10 @@ def save_picture(image: Image.Image, path: str):
 
 def pack(paths, ids, out):
     """Writes PNG files as one .npz: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
-    pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
+    try:
+        pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"a picture beside {out} cannot be read: {error}; remove it and run again.") from None
     write_file(out, lambda f: np.savez(f, arr_0=pictures, arr_1=np.array(ids)))
 
 
@@ -215,6 +218,7 @@ def same_settings(out, settings, num, world):
     `num`, the most pictures asked for so far, lets fid.py see that some are missing.
     """
     if world.rank == 0:
+        sweep(out)
         there = read_settings(out) or {}
         if changed := [k for k in settings if there and there.get(k) != settings[k]]:
             raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")

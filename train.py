@@ -12,24 +12,25 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights),
-train-N.pt (what resuming needs), log.jsonl, and every --grid-every steps a picture of samples in grids/. Global batch
-= images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k) for the whole
-global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (but for dropout, which also
-depends on the rank), and resumes without any generator's state.
+train-N.pt (what resuming needs; the one before it is train-N.previous.pt), log.jsonl, where a step that was repeated
+after a stop stands twice, and every --grid-every steps a picture of samples in grids/.
+
+Global batch = images per rank and pass x ranks x --accumulate. Every random number of step k follows from (seed, k)
+for the whole global batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (dropout only if
+the passes hold equally many images), and resumes without any generator's state. SIGTERM and Ctrl-C end it after the
+step, saved.
 """
 import argparse
 import math
 import os
+import signal
 import time
-import warnings
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -39,9 +40,10 @@ import prior
 import sample
 from data import Cache, Folder, ahead
 from diffloss import T as TIMESTEPS, HeadNet, tf32
-from fusion import FUSIONS
+from fusion import FUSIONS, Attention
 from presets import PRESETS
-from runtime import UserError, agree, all_mean, autocast, barrier, broadcast, log, print0, rng, run_script, setup
+from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
+                     print0, rng, run_script, setup, share, spread, step_unless, sweep, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -54,6 +56,7 @@ from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 #   start()                      once, before the first step of a new run
 #   forward(step, rows, *batch)  loss of the rows (a slice) of this step's global batch
 #   after(step, total, ema)      after each optimizer step; returns what to log
+#   memory(), remember(memory)   what else resuming needs; memory() is called on all ranks
 #   before_save(models)          before the EMA weights are written
 #   picture(models)              images for a grid, or None
 
@@ -74,7 +77,9 @@ class Tokenizers(nn.Module):
         for model in self.trained.values():
             if model.cfg.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
-                fit_linear_path(model, images, rng("cpu", "linear path", self.args.seed))
+                # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
+                fit_linear_path(model.double(), images.double(), rng("cpu", "linear path", self.args.seed))
+                model.float()
 
     def forward(self, step, rows, images):
         loss = 0.0
@@ -100,13 +105,21 @@ class Tokenizers(nn.Module):
         ema["vq"].codebook.weight[moved] = vq.codebook.weight[moved].detach()  # no average of two places
         return {"dead_codes": len(moved)}
 
+    def memory(self):
+        """Which codes were chosen since the last restart, on any rank."""
+        return {"usage": all_mean(self.trained["vq"].usage)} if "vq" in self.trained else {}
+
+    def remember(self, memory):
+        if "usage" in memory:
+            self.trained["vq"].usage.copy_(memory["usage"])
+
     def before_save(self, models):
         """Measures the scale of KL's latents, 1 / std."""
         if "kl" in models:
             kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
-            g = rng(self.device, "scale")
+            kl.cfg, g = replace(kl.cfg, scale=1.0), rng(self.device, "scale")
             latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=g) for x in images.split(50)])
-            kl.cfg = replace(kl.cfg, scale=kl.cfg.scale / float(latents.std()))
+            kl.cfg = replace(kl.cfg, scale=1 / float(latents.std()))
 
     def picture(self, models):
         """Rows: images, decoded codes, decoded latents."""
@@ -140,6 +153,12 @@ class OnCache(nn.Module):
 
     def after(self, step, total, ema):
         return {}
+
+    def memory(self):
+        return {}
+
+    def remember(self, memory):
+        pass
 
     def before_save(self, models):
         pass
@@ -234,6 +253,7 @@ class GeneratorStage(OnCache):
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
 BLOCKS = (generator.Block, prior.Block)           # what --recompute forgets
+SHARDED = (*BLOCKS, Attention)                    # what --shard puts together one by one
 COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)   # what --compile compiles
 
 
@@ -262,6 +282,10 @@ def parse_args():
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
+    parser.add_argument("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among "
+                        "the ranks (FSDP2), for what outgrows one GPU")
+    parser.add_argument("--fresh", action="store_true", help="start over; what the stage has made so far is moved to "
+                        "RUN/before-N")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     args.run = args.run or os.path.join("runs", args.preset)
@@ -271,6 +295,8 @@ def parse_args():
         raise UserError("--seed must not be negative.")
     if args.only and args.stage != 0:
         raise UserError("--only vq or kl is for stage 0.")
+    if args.shard and (args.stage == 0 or "LOCAL_RANK" not in os.environ):
+        raise UserError("--shard is for stages 1 and 2 under torchrun.")
     args.data = args.data or os.path.join("data", "cache")
     return args
 
@@ -282,8 +308,8 @@ def main():
     recipe = replace(recipe, **{k: v for k in ("batch", "lr") if (v := getattr(args, k)) is not None})
     args.batch, per_rank = recipe.batch, recipe.batch // world.size
     if args.accumulate is None:
-        passes = range(1, max(1, per_rank) + 1)
-        args.accumulate = next((n for n in passes if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
+        counts = range(1, max(1, per_rank) + 1)
+        args.accumulate = next((n for n in counts if per_rank % n == 0 and per_rank // n <= recipe.micro), 1)
     if min(args.batch, args.accumulate, args.log_every, args.save_every, 1 if args.steps is None else args.steps) < 1:
         raise UserError("--batch, --accumulate, --steps, --log-every and --save-every must be at least 1.")
     if args.grid_every < 0:
@@ -315,7 +341,13 @@ def main():
         return
 
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
-    state = checkpoints.read(state_path) if os.path.exists(state_path) else None
+    if world.rank == 0:
+        sweep(args.run)
+        if args.fresh and not is_restart():
+            checkpoints.set_aside([state_path, checkpoints.previous(state_path),
+                                   *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
+    barrier()
+    state = checkpoints.newest(state_path)
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
@@ -329,18 +361,12 @@ def main():
     stage.to(world.device)
     if state is not None:
         stage.trained.load_state_dict(state["raw"])
+        stage.remember(state.get("memory", {}))  # which the first version did not save
+    for tensor in stage.trained.state_dict().values():
+        broadcast(tensor)  # the EMA below starts out the same on every rank, as the weights do
     ema = deepcopy(stage.trained).eval().requires_grad_(False)
-    learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
-              {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type != "mps")
-    first = 0
     if state is not None:
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        print0(f"resuming {state_path} at step {first:,}")
-    agree(first, "the step to resume at")
     if args.compile:  # in place: names of parameters stay, the EMA stays as it is
         for module in stage.trained.modules():
             if isinstance(module, COMPILED):
@@ -349,31 +375,56 @@ def main():
         for module in stage.trained.modules():
             if isinstance(module, BLOCKS):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    loss_of = stage  # `loss_of` is what the loop calls, `stage` stays unwrapped
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        loss_of = DistributedDataParallel(stage, device_ids=ids, broadcast_buffers=False)
+    loss_of = spread(stage, ema, world, args.shard, SHARDED)  # what the loop calls; `stage` stays unwrapped
+    learning = [(n, p) for n, p in stage.trained.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
+              {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type != "mps")
+    first = 0
+    if state is not None:
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = world.device.type != "mps"  # else loading takes the word of a file from another device
+        optimizer.load_state_dict(state["optimizer"])
+        if args.shard:
+            share(optimizer)
+        first = state["step"]
+        print0(f"resuming {state_path} at step {first:,}")
+    agree(first, "the step to resume at")
+    watch = Watch(world, state.get("skipped", 0) if state else 0)
+    del state  # gigabytes
+
+    def plain(models):
+        """The models as rank 0 can use them alone. For all ranks to call: under --shard each has a share only."""
+        if not args.shard:
+            return models
+        state = whole(models.state_dict())
+        if world.rank > 0:
+            return None
+        models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.cfg) for kind, m in models.items()})
+        models.load_state_dict(state)
+        return models.to(world.device).eval()
 
     def save(step):
+        memory, weights = stage.memory(), plain(ema)
+        parts = {"raw": stage.trained, "ema": ema, "optimizer": optimizer}
+        states = whole({name: part.state_dict() for name, part in parts.items()})
         if world.rank > 0:
             return
-        stage.before_save(ema)
-        for kind, model in ema.items():
+        stage.before_save(weights)
+        for kind, model in weights.items():
             checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step,
                              preset=args.preset, **stage.about)
         checkpoints.write(state_path, {
             "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,
-            "raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+            "memory": memory, "skipped": watch.reported, **states}, kept=checkpoints.previous(state_path))
 
     def show(step):
         """A grid of samples: raw weights above, EMA below."""
-        if world.rank > 0:
-            return
         stage.trained.eval()
         pictures = []
-        for models in (stage.trained, ema):
+        for models in (plain(stage.trained), plain(ema)):
+            if world.rank > 0:
+                continue
             try:
                 pictures.append(stage.picture(models))
             except UserError as error:  # raw weights of the first steps may give values that are no picture
@@ -388,53 +439,54 @@ def main():
         start = (k * world.size + world.rank) * micro
         return slice(start, start + micro)
 
-    passes = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
+    order = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
     numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
     pin = lambda x: x.pin_memory() if world.device.type == "cuda" else x  # copies to the GPU then need no waiting
-    batches = ahead(lambda where: [pin(x) for x in stage.data.batch(numbers(*where))], passes)
+    batches = ahead(lambda where: [pin(x) for x in stage.data.batch(numbers(*where))], order)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
-    total, seen, clock, notes = torch.zeros((), device=world.device), 0, time.time(), {}
+    seen, clock, notes = 0, time.time(), {}
     stage.trained.train()
     for step in range(first, steps):
         rate = lr * min(1.0, (step + 1) / (warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        total = torch.zeros((), device=world.device)
         for k in range(args.accumulate):
-            # dropout: a seed of its own for every step, pass and rank
-            torch.manual_seed(rng("cpu", "dropout", args.seed, step, k, world.rank).initial_seed())
+            # dropout: a seed of its own for every step and pass; equal passes on any number of ranks draw the same
+            torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows(k).start).initial_seed())
             batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
-            last = k == args.accumulate - 1
-            with nullcontext() if last or world.size == 1 else loss_of.no_sync(), autocast(world.device):
+            with passes(loss_of, last=k == args.accumulate - 1), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
             with tf32():  # gradients of the head's first and last layer too; their values are not amplified
-                loss.backward()  # DDP decides in forward whether this synchronises
+                loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) for model in stage.trained.values()]
-        optimizer.step()
+        step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
         decay = min(recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
         notes.update(stage.after(step, steps, ema))
         seen += 1
-        done = step + 1
-        save_now = done % args.save_every == 0 or done == steps
+        done, stop = step + 1, watch.asked_to_stop()
+        save_now = done % args.save_every == 0 or done == steps or stop
         if done % args.log_every == 0 or save_now:  # besides saves and pictures, what waits for the device
-            mean = float(all_mean(total / seen))
-            if not math.isfinite(mean):  # on all ranks alike, before anything is saved
-                raise UserError(f"the loss is not finite at step {done}; {args.run} keeps the last good weights. "
-                                "Resume with a lower --lr.")
+            loss, skipped, row = watch.report()
             speed = seen * args.batch / (time.time() - clock)
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             if world.rank == 0:
-                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=mean, lr=rate,
-                    grad_norm=float(sum(norms)), images_per_s=round(speed, 1), **notes)
-            total.zero_()
+                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
+                    grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             seen, clock, notes = 0, time.time(), {}
+            save_now = save_now and (not row or done == steps or stop)  # not while it is open whether this run recovers
         before = time.time()
         if save_now:
             save(done)
+        if stop:
+            bar.close(), barrier()  # rank 0 has saved
+            raise Stopped(stop, f"{signal.Signals(stop).name}: stopped after step {done:,}, which is saved; the same "
+                          "command goes on from there")
         if args.grid_every and (done % args.grid_every == 0 or done == steps):
             show(done)
         clock += time.time() - before  # so that images/s is that of training

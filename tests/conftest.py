@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; only with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 def run_in_process(name, *args):
     """`python NAME.py ARGS` without a new process -> code, out, err. What escapes is the traceback a user would see."""
     import runtime

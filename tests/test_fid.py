@@ -54,7 +54,7 @@ def statistics(rows, batch=16):
     return s.result()
 
 
-# ---------------------------------------------------------------------------------------------------------- Inception
+# --------------------------------------------------------------------------------------------------------- Inception
 
 @pytest.mark.parametrize("size", [256, 32])
 def test_features_of_the_official_evaluators(golden, inception, size):
@@ -81,7 +81,8 @@ def test_published_layout(inception):
     assert len(state) == 472 and sum(v.numel() for v in state.values()) == 23_885_392
     for name, shape, stride, padding in [  # out of the published table
             ("Conv2d_2a_3x3", (32, 32, 3, 3), 1, (0, 0)), ("Mixed_5c.branch_pool", (64, 256, 1, 1), 1, (0, 0)),
-            ("Mixed_6a.branch3x3dbl_3", (96, 96, 3, 3), 2, (0, 0)), ("Mixed_6b.branch7x7_2", (128, 128, 1, 7), 1, (0, 3)),
+            ("Mixed_6a.branch3x3dbl_3", (96, 96, 3, 3), 2, (0, 0)),
+            ("Mixed_6b.branch7x7_2", (128, 128, 1, 7), 1, (0, 3)),
             ("Mixed_6c.branch7x7dbl_4", (160, 160, 7, 1), 1, (3, 0)),
             ("Mixed_7a.branch7x7x3_4", (192, 192, 3, 3), 2, (0, 0)),
             ("Mixed_7c.branch3x3dbl_3b", (384, 384, 3, 1), 1, (1, 0))]:
@@ -120,7 +121,7 @@ def test_where_weights_are_found(weights, tmp_path, monkeypatch):
         fid.find_inception("nowhere.pth")
 
 
-# ------------------------------------------------------------------------------------------------------- recorded scores
+# ------------------------------------------------------------------------------------------------------ recorded scores
 
 def test_recorded_scores(golden):
     """What the official tools print for recorded features. Theirs for FID are off in the fifth digit, as numpy's
@@ -140,14 +141,15 @@ def test_recorded_scores(golden):
     for size in (256, 32):
         logits = x[f"logits_unbiased_{size}"]
         assert fid.inception_score(logits) == pytest.approx(m[f"is_{size}_torch_fidelity"], rel=1e-9)
-        assert fid.score_logits(logits, None, "adm")[0] == pytest.approx(m[f"is_{size}_adm_formula_one_chunk"], abs=1e-6)
+        want = m[f"is_{size}_adm_formula_one_chunk"]
+        assert fid.score_logits(logits, None, "adm")[0] == pytest.approx(want, abs=1e-6)
     pair = fid.precision_recall(real=x["pool_32"], fake=x["pool_256"])
     assert pair == tuple(m["precision_recall_256_vs_ref_32"])
     pair = fid.precision_recall(real=x["pool_256"][32:], fake=x["pool_256"][:32])
     assert pair == tuple(m["precision_recall_halves"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ FID
+# ----------------------------------------------------------------------------------------------------------------- FID
 
 def spd(random, D):
     x = random.standard_normal((3 * D, D)) * random.uniform(0.1, 2, D)
@@ -204,7 +206,7 @@ def test_statistics_are_those_of_all_rows():
         fid.frechet_distance(*statistics(x), *statistics(x[:, :3]))
 
 
-# ---------------------------------------------------------------------------------------------------- IS, balls, pixels
+# --------------------------------------------------------------------------------------------------- IS, balls, pixels
 
 def test_inception_score_closed_forms():
     certain = torch.full((400, 8), -1000.0)
@@ -259,7 +261,7 @@ def test_psnr_and_ssim(golden):
     assert fid.psnr_ssim(a, a)[1].min() > 0.9999
 
 
-# ------------------------------------------------------------------------------------------------- inputs and references
+# ------------------------------------------------------------------------------------------------ inputs and references
 
 class Fake(nn.Module):
     """Features in no time: random projections of the mean colours of a 4x4 grid, as Inception's in shape and name."""
@@ -473,7 +475,7 @@ def test_dry_run(fake, drawn, toy, works):
     assert "24 pictures of 32x32 pixels" in said and "torch-fidelity" in said and not os.path.exists("a.json")
 
 
-# ----------------------------------------------------------------------------------------------------------- whole paths
+# ---------------------------------------------------------------------------------------------------------- whole paths
 
 def test_two_ranks_give_the_same_figures(drawn, golden, weights, works, two_ranks, tmp_path):
     """With the real network. Batches are the same on any number of ranks, so are the features. The last is short, and

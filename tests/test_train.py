@@ -106,12 +106,8 @@ def test_resumed_equals_uninterrupted(toy, copy_run, works, stage):
         shutil.rmtree(run)
     (a, curve_a), (b, curve_b) = states.values()
     assert a["step"] == b["step"] == 4 and a["configs"] == b["configs"]
-    if stage == 0:  # images come from numpy, whose alignment varies and with it the last bit of a convolution
-        assert curve_a == pytest.approx(curve_b, abs=1e-5)
-        assert max(mean_difference(a[k], b[k]) for k in ("raw", "ema")) < 1e-5
-    else:
-        assert curve_a == curve_b
-        assert_same(a, b)
+    assert curve_a == curve_b
+    assert_same(a, b)
 
 
 def test_saved_in_the_middle(toy, copy_run, works, monkeypatch, script):
@@ -212,7 +208,7 @@ def test_log(toy):
     records = log(toy.run)
     assert [r["step"] for r in records] == [10, 20, 30, 40]
     for r in records:
-        assert r.keys() == {"time", "stage", "step", "loss", "lr", "grad_norm", "images_per_s"}
+        assert r.keys() == {"time", "stage", "step", "loss", "lr", "grad_norm", "skipped", "images_per_s"}
         assert 0 < r["loss"] < 10 and r["lr"] == 1e-3 and r["grad_norm"] > 0 and r["images_per_s"] > 0
     assert records[-1]["loss"] < records[0]["loss"]
     prior = log(toy.run, 1)
@@ -306,7 +302,7 @@ def test_eight_pictures_learned_by_heart(works, tmp_path):
     paths, labels, _ = data.find_images(images)
     read = lambda path: torch.from_numpy(data.read_image(os.path.join(images, path), 32))
     pixels = torch.stack([read(p) for p in paths]).float()  # [8, 3, 32, 32]
-    stored = torch.from_numpy(data.Cache(cache).arrays["codes"].astype("int64"))  # [8, 2, L]
+    stored = torch.from_numpy(data.Cache(cache).parts[0]["codes"].astype("int64"))  # [8, 2, L]
     codes, classes = stored[:, 0], torch.tensor(labels)
     models = sample.load_run(run)
     error = lambda a, b: (a.float()[:, None] - b[None]).abs().mean((2, 3, 4))  # [8, 8]
