@@ -158,11 +158,16 @@ def bench_d2c(args, preset):
                   f"D2C {how[2]} x {args.steps} against plain MAR {plain[2]} x {args.steps}, batch {args.batch}")
 
 
+def mean_visible(L):
+    """Tokens in sight in an average training step."""
+    return L - round(L * statistics.mean(generator.mask_ratio((i + 0.5) / 100) for i in range(100)))
+
+
 def bench_train(args, preset):
     """Loss and gradient of the generator; plain: the head on all tokens, masked afterwards."""
     c, B, device = preset.generator, args.batch, args.device
     model, L = random_weights(Generator(replace(c, dropout=0.0))).to(device).train(), c.grid**2
-    visible = L - round(0.85 * L)  # the mean masking ratio
+    visible = mean_visible(L)
     latents, mask = torch.randn(B, L, c.token_dim, device=device), torch.rand(B, L, device=device).argsort(1) >= visible
     codes = torch.randint(c.vocab, (B, L), device=device) if c.fusion != "none" else None
     t = torch.randint(1000, (c.batch_mul, B, L), device=device)
@@ -241,7 +246,7 @@ def training_step(config: generator.GeneratorConfig, teacher: prior.PriorConfig)
             prior.Prior(teacher).eval().resample(codes, classes, torch.rand(1, L))
         how = torch.empty(1, L, config.token_dim), classes, codes, torch.empty(1, L), torch.zeros(M, 1, L).long()
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = model.loss(*how, torch.empty(M, 1, L, config.token_dim), visible=L - round(0.85 * L))
+            loss = model.loss(*how, torch.empty(M, 1, L, config.token_dim), visible=mean_visible(L))
         loss.backward()
     return counter.get_total_flops(), sum(kept.values()), sum(p.numel() for p in model.parameters())
 

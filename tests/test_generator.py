@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import reference
 from diffloss import T
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig, hidden_counts, mask_ratio
@@ -146,6 +147,23 @@ def test_loss_is_the_mean_over_hidden_tokens(fusion, batch):
     assert torch.equal(loss, model.loss(latents, classes, codes, mask, t, noise, visible=6))
 
 
+@every_fusion
+def test_loss_is_the_plain_one(fusion, batch):
+    """The head on hidden tokens only: loss and gradients of the head on all, masked afterwards."""
+    model, (latents, classes, codes, mask) = make(fusion).train(), batch
+    t, noise = torch.randint(1000, (2, B, L)), torch.randn(2, B, L, C)
+    both = []
+    for loss in (lambda *how: reference.loss(model, *how), model.loss):
+        model.zero_grad(set_to_none=True)
+        value = loss(latents, classes, codes, mask, t, noise)
+        value.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        both.append((value.item(), grads))
+    (a, plain), (b, ours) = both
+    assert b == pytest.approx(a, rel=1e-5) and plain.keys() == ours.keys()
+    assert all(relative(ours[n], g) < 1e-4 for n, g in plain.items() if g.norm() > 1e-6)
+
+
 def test_loss_draws_its_own(batch, monkeypatch):
     """Without mask, t and noise: 70 to 100 % hidden, batch_mul rows a hidden token, all noise levels."""
     model, (latents, classes, _, _), rows = make(), batch, []
@@ -236,22 +254,32 @@ def test_hidden_counts(L):
 
 
 @every_fusion
-def test_iterations_see_what_was_drawn(fusion, batch):
-    """generate, written out with `hidden` and a mask: other layout, other guidance code, same latents."""
+@pytest.mark.parametrize("cfg, schedule", [(3.0, "linear"), (3.0, "constant"), (1.0, "linear")])
+def test_the_plain_loop(fusion, cfg, schedule, batch):
+    """generate against the textbook loop: other layout, other guidance code, other head, same latents."""
     model, (_, classes, codes, _) = make(fusion), batch
     orders = torch.rand(B, L).argsort(1)
     counts = [L] + hidden_counts(L, 4)
     noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
-    latents, mask, null = torch.zeros(B, L, C), torch.ones(B, L), torch.full((B,), NULL)
-    for k, after in enumerate(counts[1:]):
-        now = (orders.argsort(1) < after).float()
-        new = (mask - now) == 1
-        z, z_null = (model.hidden(latents, y, codes, mask)[new] for y in (classes, null))
-        scale = 1 + (3.0 - 1) * (L - max(after, 1)) / L
-        latents[new] = model.head.sample(z, z_null, scale, 5, 0.9, noise[k], t_max=900)
-        mask = now
-    got = model.generate(classes, codes, 4, 5, 3.0, "linear", 0.9, orders, noise, t_max=900)
-    assert relative(got, latents) < 3e-4
+    how = classes, codes, 4, 5, cfg, schedule, 0.9, orders, noise
+    want = reference.generate(model, *how)
+    assert relative(model.generate(*how), want) < 3e-4
+    assert relative(model.generate(*how, null=model.null_condition()), want) < 3e-4
+
+
+def test_steps_of_each_iteration(batch):
+    """Annealed steps, and no null branch while guidance is below cfg_from."""
+    model, (_, classes, codes, _) = make("qformer"), batch
+    heads = []
+    sample = model.head.sample
+    model.head.sample = lambda z, z_null, cfg, steps, *rest, **how: (
+        heads.append((steps, z_null is not None)), sample(z, z_null, cfg, steps, *rest, **how))[1]
+    steps = [5, 4, 2, 1]
+    some = model.generate(classes, codes, 4, steps, 3.0, generator=generators(B), cfg_from=1.5)
+    assert heads == [(5, False), (4, True), (2, True), (1, True)]  # guidance 1.25, 1.6, 2.3, 2.9
+    every = model.generate(classes, codes, 4, steps, 3.0, generator=generators(B))
+    none = model.generate(classes, codes, 4, steps, 1.0, generator=generators(B))
+    assert 1e-2 < relative(some, every) < relative(none, every)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])

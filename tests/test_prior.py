@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import prior
+import reference
 from prior import Prior, PriorConfig, draw, filter_logits, rope_table, rotate
 from test_diffloss import on_meta, wake
 
@@ -142,6 +143,14 @@ def test_cache_and_guidance(model, batch, monkeypatch, cfg):
     want = ((null + cfg * (logits - null)) / 0.7)[:, :L]
     torch.testing.assert_close(torch.stack(seen, 1), want, rtol=1e-4, atol=1e-4)
     assert (seen[0] - null[:, 0]).abs().max() > 0.1  # else the class, and so guidance, would mean nothing
+
+
+def test_the_plain_loop(model, batch):
+    """Against the textbook loop, which masks a cache of full length and projects part by part."""
+    classes, g = batch[1], torch.Generator()
+    uniform = torch.rand(len(classes), L, generator=g.manual_seed(4))
+    want = reference.prior_generate(model, classes, 2.5, 0.7, uniform)
+    assert torch.equal(model.generate(classes, 2.5, 0.7, generator=g.manual_seed(4)), want)
 
 
 def test_greedy(model, batch):
