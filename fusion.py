@@ -1,4 +1,4 @@
-"""Fusion: how the discrete codes of an image condition its continuous generator. D2C section 4.3, Eq. 4 to 6.
+"""Fusion: how the discrete codes of an image condition its continuous generator. D2C 4.3, Eq. 4 to 6; DisCon; MixAR.
 
     Fusion(codes [B, L] or None, class_token [B, D], is_null [B]) -> Condition
 
@@ -6,16 +6,20 @@ A Condition answers the three questions that the generator asks, whatever the fu
 
     prefix   [B, P, D]          what stands in front of the latents, in encoder and decoder
     context  [B, L, D] or None  what every block's cross-attention reads
-    masked   [B, L, D] or None  what a masked position carries instead of the shared mask token (no fusion here, so far)
+    masked   [B, L, D] or None  what is added to the mask token of each position, in the decoder
 
     none             MAR: P copies of the class token                                       (2406.11838)
     qformer          Q query tokens that have read all codes, then P - Q class tokens        (D2C)
     cross_attention  P class tokens; each block attends to the embedded codes                (D2C)
+    prefix           P class tokens, then the L embedded codes: latents and codes are one sequence of self-attention
+                                                                                            (DisCon, 2507.01756)
+    mask_tokens      P class tokens; the mask token of position i carries code i            (MixAR's DC-Mix, 2511.12181)
 
 Codes are embedded by the frozen table of the prior, plus a learned position (not in the paper, but without one
 attention would see a bag of codes), and projected to the generator's width: h_q = Linear(Embed(q)), Eq. 4. Where the
-class is null, so are the codes: one learned vector stands for all. generator.py calls this once a forward, once an
-image when sampling.
+class is null, so are the codes: one learned vector stands for all. DisCon's and MixAR's papers are less explicit than
+D2C's: they share this embedding here, so that the fusions differ in nothing but where the codes enter. generator.py
+calls this once a forward, once an image when sampling.
 """
 from typing import NamedTuple
 
@@ -115,21 +119,26 @@ class QFormer(nn.Module):
 
 class Fusion(nn.Module):
     """`none`, and the base of the others. `slots` is the length of the prefix, known before any image is."""
+    reads_codes = False  # else a run needs a VQ tokenizer and a prior
 
     def __init__(self, c):
         super().__init__()
-        self.slots = c.prefix
+        self.slots = self.class_slots = c.prefix
 
     def make_cross_attention(self):
         """A new module for one generator block, between self-attention and MLP; None for most fusions."""
         return None
 
+    def class_rows(self, class_token):
+        return class_token[:, None].expand(-1, self.class_slots, -1)
+
     def forward(self, codes, class_token, is_null):
-        return Condition(class_token[:, None].expand(-1, self.slots, -1))
+        return Condition(self.class_rows(class_token))
 
 
 class CodeFusion(Fusion):
     """Embeds the codes: h_q = Linear(Embed(q) + position). Eq. 4."""
+    reads_codes = True
 
     def __init__(self, c):
         super().__init__(c)
@@ -161,12 +170,12 @@ class QFormerFusion(CodeFusion):
         super().__init__(c)
         if c.queries > c.prefix:
             raise ValueError(f"{c.queries} queries do not fit into {c.prefix} prefix slots")
-        self.class_slots = c.prefix - c.queries
+        self.class_slots -= c.queries
         self.qformer = QFormer(c.dim, c.queries, c.qformer_width, c.qformer_layers, c.qformer_heads)
 
     def forward(self, codes, class_token, is_null):
         queries = self.qformer(self.embed(codes, is_null))
-        return Condition(torch.cat([queries, class_token[:, None].expand(-1, self.class_slots, -1)], dim=1))
+        return Condition(torch.cat([queries, self.class_rows(class_token)], dim=1))
 
 
 class CrossAttentionFusion(CodeFusion):
@@ -178,11 +187,32 @@ class CrossAttentionFusion(CodeFusion):
         return CrossAttention(self.dim, self.heads)
 
     def forward(self, codes, class_token, is_null):
-        prefix = class_token[:, None].expand(-1, self.slots, -1)
-        return Condition(prefix, context=self.embed(codes, is_null))
+        return Condition(self.class_rows(class_token), context=self.embed(codes, is_null))
 
 
-FUSIONS = {"none": Fusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion}
+class PrefixFusion(CodeFusion):
+    """The generator's own positions, of all prefix slots, come on top of those of the embedding."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.slots += c.grid**2
+
+    def forward(self, codes, class_token, is_null):
+        return Condition(torch.cat([self.class_rows(class_token), self.embed(codes, is_null)], dim=1))
+
+
+class MaskTokenFusion(CodeFusion):
+    """Adds to the shared mask token where MixAR replaces it: the same functions, as the projection has a bias.
+
+    The encoder, which sees no masked position, sees no codes either.
+    """
+
+    def forward(self, codes, class_token, is_null):
+        return Condition(self.class_rows(class_token), masked=self.embed(codes, is_null))
+
+
+FUSIONS = {"none": Fusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion, "prefix": PrefixFusion,
+           "mask_tokens": MaskTokenFusion}
 
 
 def make_fusion(c) -> Fusion:

@@ -32,7 +32,7 @@ from fusion import make_fusion
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    fusion: str = "qformer"    # none, qformer, cross_attention
+    fusion: str = "qformer"    # one of fusion.FUSIONS
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
@@ -88,7 +88,7 @@ def rows_at(x, where):
 class Prepared(NamedTuple):
     """A fusion.Condition made ready for the blocks: what is computed once per image, however many iterations follow."""
     prefix: torch.Tensor          # [B, P, D]
-    masked: torch.Tensor | None   # [B, L, D] in place of the shared mask token, for fusions that say so
+    masked: torch.Tensor | None   # [B, L, D] on top of the shared mask token, for fusions that say so
     encoder: list                 # per block: cross-attention's keys and values [2, B, H, L, D/H], or None
     decoder: list
 
@@ -143,7 +143,7 @@ class Generator(nn.Module):
         """encoded [B, P+V, D]; positions [B, L], the V visible first -> z [B, n, D] of positions[:, rows], a slice."""
         P = self.fusion.slots
         masked = positions[:, V:]
-        tokens = self.mask_token if condition.masked is None else condition.masked              # [1, 1, D] or [B, L, D]
+        tokens = self.mask_token if condition.masked is None else self.mask_token + condition.masked
         mask = rows_at(tokens.expand(-1, positions.shape[1], -1), masked)                        # [B, L-V, D]
         x = torch.cat([self.decoder_in(encoded), mask], dim=1)                                   # [B, P+L, D]
         place = rows_at(self.decoder_positions[:, P:], positions)                                # [B, L, D]
@@ -215,7 +215,8 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
-                 orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=1.0, null=None, progress=None):
+                 orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=1.0, null=None, progress=None,
+                 known=None, keep=None, watch=None):
         """classes [B], codes [B, L] (None for fusion none) -> latents [B, L, C]. MAR section 3.3.
 
         cfg: guidance, its schedule linear (growing with what is visible) or constant; 1 leaves the null branch away,
@@ -223,30 +224,38 @@ class Generator(nn.Module):
         temperature, t_max: see DiffusionHead.sample. orders [B, L]: a permutation of the positions per image, walked
         from its end (MAR keeps its first entries masked). noise: a list, one [steps+1, B*n, C] per iteration,
         batch-major, then raster order of the n positions drawn. generator: a torch.Generator or a list of B. null:
-        null_condition(), to share between calls. progress: called after every iteration. The module must be in eval
-        mode.
+        null_condition(), to share between calls. progress: called after every iteration. known [B, L, C], keep [B, L]
+        bool, equally many per image: latents that stand from the start and stay as they are; the iterations share the
+        others. watch: called after every iteration with the latents [B, L, C] so far, zero where there is none. The
+        module must be in eval mode.
         """
         c, device = self.cfg, classes.device
         B, L = len(classes), c.grid**2
-        if not 1 <= iterations <= L:
-            raise ValueError(f"iterations must be between 1 and the {L} tokens of an image, not {iterations}")
+        K = 0 if keep is None else self._visible_first(~keep)[1]         # kept positions
+        if not 1 <= iterations <= L - K:
+            raise ValueError(f"iterations must be between 1 and the {L - K} tokens to draw, not {iterations}")
         if schedule not in ("linear", "constant"):
             raise ValueError(f"guidance schedule must be linear or constant, not {schedule!r}")
         steps = [steps] * iterations if isinstance(steps, int) else steps
         if orders is None:
             draw = lambda g, b: torch.rand(b, L, generator=g, device=g.device if g else device)
             orders = per_image(generator, B, draw).to(device).argsort(1)
-        hidden = hidden_counts(L, iterations)                            # [m_0, ..., 0]: hidden after each iteration
+        if K:  # to the end of the order, which is walked first
+            orders = orders.gather(1, keep.gather(1, orders).byte().argsort(dim=1, stable=True))
+        hidden = hidden_counts(L - K, iterations)                        # [m_0, ..., 0]: hidden after each iteration
         # Positions in the order of generation; within an iteration in raster order, which the rows of noise follow.
         # Iteration k then sees the first L - hidden[k-1] positions and draws the next ones: slices, no indexing.
-        bounds = [0] + [L - m for m in hidden]
+        bounds = [K] + [L - m for m in hidden]
         walk = orders.flip(1)
-        walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip(bounds, bounds[1:])], dim=1)
+        walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)], dim=1)
+        raster = walk.argsort(1)                                         # the way back
 
         alone = self.condition(classes, codes)                           # once per image, for all iterations
         guided = cfg != 1.0
         both = joined(alone, null or self.null_condition()) if guided else None
         latents = torch.zeros(B, L, c.token_dim, device=device)          # in the order of `walk`
+        if K:
+            latents[:, :K] = rows_at(known, walk[:, :K])
         for k, (V, end) in enumerate(zip(bounds, bounds[1:])):
             # MAR counts at least 1 hidden token, so that a linear schedule ends just below cfg
             scale = 1 + (cfg - 1) * (L - max(hidden[k], 1)) / L if schedule == "linear" else cfg
@@ -265,7 +274,9 @@ class Generator(nn.Module):
             latents[:, V:end] = x.view(B, end - V, c.token_dim)
             if progress:
                 progress()
-        return rows_at(latents, walk.argsort(1))                         # back to raster order
+            if watch:
+                watch(rows_at(latents, raster))
+        return rows_at(latents, raster)
 
 
 def joined(condition: Prepared, null: Prepared) -> Prepared:

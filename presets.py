@@ -48,7 +48,7 @@ class Preset:
     kl: KLConfig
     prior: PriorConfig
     generator: GeneratorConfig
-    condition: str              # where the generator's codes come from in training: teacher_forced, ground_truth
+    condition: str              # where the generator's codes come from in training: see train.true_share
     recipes: tuple              # of stages 0, 1, 2
     sampling: Sampling
 
@@ -89,11 +89,20 @@ mar = lambda p, cfg: replace(p, generator=replace(p.generator, fusion="none"), r
                              sampling=Sampling(iterations=256, cfg=cfg))
 d2c_l = replace(OFFICIAL, generator=L)
 cross = replace(OFFICIAL, generator=replace(B, fusion="cross_attention"))
+# DisCon on VA-VAE, whose scale data.py measures. Recipes of these two: MAR's; their papers' are not known here.
+VA_VAE = KLConfig(z_channels=32, decoder_attention=True, scale=1.0)
+discon = lambda g: replace(OFFICIAL, kl=VA_VAE, generator=replace(g, fusion="prefix", token_dim=VA_VAE.z_channels),
+                           condition="ground_truth", recipes=(TOKENIZERS, PRIOR, MAR))
+mixar = replace(OFFICIAL, generator=replace(B, fusion="mask_tokens"), condition="mixed:0.5",
+                recipes=(TOKENIZERS, PRIOR, MAR))
 PRESETS = {
     #                                     fusion           width  blocks  parameters
     "d2c-b":        OFFICIAL,           # qformer            768   12+12  362M, prior included: D2C Table 1
     "d2c-b-cross":  cross,              # cross_attention    768   12+12  389M
     "d2c-l":        d2c_l,              # qformer           1024   16+16  633M
+    "discon-b":     discon(B),          # prefix             768   12+12  333M
+    "discon-l":     discon(L),          # prefix            1024   16+16  603M
+    "mixar-b":      mixar,              # mask_tokens        768   12+12  332M
     "mar-b":        mar(OFFICIAL, 2.9), # none               768   12+12  208M: MAR Table 3
     "mar-l":        mar(d2c_l, 3.0),    # none              1024   16+16  478M
     "tiny":         TINY,               # cross_attention    192     3+3  weights/tiny: 64x64 pixels, 8x8 tokens

@@ -159,11 +159,12 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def generate(self, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, greedy=False,
-                 progress=None):
+                 progress=None, given=None):
         """classes [B] -> codes [B, L] int64, raster order.
 
         cfg: guidance, u + cfg * (c - u) on the logits; at 1 or below the null branch is left away. generator: a
-        torch.Generator, or a list of B, one per image. progress: called after every code. In eval mode.
+        torch.Generator, or a list of B, one per image. progress: called after every code. given [B, L]: codes that
+        stay, -1 where one is drawn; as the order is fixed, a drawn code knows only those before it. In eval mode.
         """
         if temperature <= 0:
             raise ValueError("the temperature must be above 0; greedy=True takes the likeliest codes")
@@ -186,6 +187,8 @@ class Prior(nn.Module):
                 codes[:, i] = logits.argmax(-1)
             else:
                 codes[:, i] = draw(filter_logits(logits / temperature, top_k, top_p), uniform[:, i])
+            if given is not None:
+                codes[:, i] = torch.where(given[:, i] < 0, codes[:, i], given[:, i])
             x = self.code_embedding(codes[:, i:i + 1]).repeat(branches, 1, 1)
             if progress:
                 progress()

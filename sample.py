@@ -4,6 +4,9 @@
     python sample.py --class "golf ball" --num 4 --seed 3     # by name, other pictures
     python sample.py --class all --out all.png                # every class the run knows
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
+    python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
+    python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
+    python sample.py --class church --like IMAGE              # the codes of a picture, drawn anew: variations
     torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
     torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out X.npz   # folder X, then one file
 
@@ -25,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
+from data import read_image, to_float
 from diffloss import Graphs
 from generator import Block, Generator, Prepared
 from presets import Sampling
@@ -35,7 +39,7 @@ from tokenizers import KL, VQ
 
 @dataclass
 class Run:
-    """The models of a run directory, in eval mode on one device; vq and prior are None for fusion none."""
+    """The models of a run directory, in eval mode on one device; vq and prior are None if it needs no codes."""
     kl: KL
     generator: Generator
     vq: VQ | None
@@ -54,16 +58,25 @@ class Samples:
     codes: torch.Tensor | None
 
 
+@dataclass
+class Start:
+    """A picture to start from. Codes and latents that are given stay as they are, to the bit."""
+    codes: torch.Tensor | None   # [L], -1 where the prior draws
+    latents: torch.Tensor        # [L, C]
+    keep: torch.Tensor           # [L] bool, latents that stay
+    shown: Samples               # the picture, grey where it is drawn anew; its own decoded codes
+
+
 # -------------------------------------------------------------------------------------------------------------- run
 
 def load_run(path: str, device="cpu") -> Run:
-    """Reads RUN/{kl,generator}.pt and, unless the generator has fusion none, RUN/{vq,prior}.pt; own or official."""
+    """Reads RUN/{kl,generator}.pt and, if the generator's fusion reads codes, RUN/{vq,prior}.pt; own or official."""
     if not os.path.isdir(path):
         raise UserError(f"there is no run directory {path}; train one (train.py) or leave --run away for weights/tiny.")
     file = lambda kind: os.path.join(path, f"{kind}.pt")
     generator = checkpoints.load_model(file("generator"), "generator", device)
     kl, vq, prior = checkpoints.load_model(file("kl"), "kl", device), None, None
-    if generator.cfg.fusion != "none":
+    if generator.fusion.reads_codes:
         vq, prior = (checkpoints.load_model(file(kind), kind, device) for kind in ("vq", "prior"))
     classes = generator.about.get("classes") or official_classes(path, generator.cfg.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
@@ -120,6 +133,39 @@ def find_classes(classes: list, text: str) -> list[int]:
     raise UserError(f"this run knows no class {text!r}; it knows: {known}")
 
 
+# ---------------------------------------------------------------------------------------------------------- a picture
+
+@torch.inference_mode()
+def start_from(run: Run, path: str, mask: str | None = None) -> Start:
+    """--edit, with a mask: codes and latents where it is white. --like, without: all codes, no latents."""
+    f, h = run.kl.stride, run.generator.cfg.grid
+    sizes = []
+    for file in [path, mask] if mask else [path]:
+        if not os.path.isfile(file) or read_image(file, 1) is None:
+            raise UserError(f"{file} is not there, or is no readable image.")
+        with Image.open(file) as image:
+            sizes.append(image.size)
+    if len(set(sizes)) > 1:
+        raise UserError(f"{mask} must be as large as {path}: {sizes[0][0]} x {sizes[0][1]} pixels.")
+    keep = torch.zeros(h, h, dtype=torch.bool, device=run.device)
+    if mask:  # a token stays if all of its pixels do
+        white = torch.from_numpy(read_image(mask, h * f).min(0) >= 128).to(run.device)           # [h*f, h*f]
+        keep = white.view(h, f, h, f).all(3).all(1)                                              # [h, h]
+        if keep.all():
+            raise UserError(f"{mask} keeps all {h * h} tokens; black in it says what to draw anew.")
+    pixels = read_image(path, h * f)
+    x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
+    # the mean of the posterior, so that a picture has one reading
+    latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.cfg.z_channels, h, h, device=run.device))[0]
+    if run.vq is not None:
+        codes = run.vq.encode(x)[0]
+        coarse = to_uint8(run.vq.decode(codes[None]))
+        codes = torch.where(keep.flatten(), codes, -1) if mask else codes
+    stays = keep.repeat_interleave(f, 0).repeat_interleave(f, 1) if mask else torch.ones_like(x[0], dtype=torch.bool)
+    shown = torch.where(stays, torch.from_numpy(pixels).to(run.device), 128).to(torch.uint8)
+    return Start(codes, latents, keep.flatten(), Samples(shown[None], coarse, codes))
+
+
 # ----------------------------------------------------------------------------------------------------------- sample
 
 def to_uint8(images):
@@ -139,28 +185,37 @@ def annealed(text: str, iterations: int) -> list[int]:
 
 
 @torch.inference_mode()
-def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None) -> Samples:
+def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
+             start: Start | None = None, frames: list | None = None) -> Samples:
     """classes: B class indices (0..n-1) -> B pictures. indices: the global index of each, which seeds its noise.
 
-    progress: called with a number from 0 to 1, the share of work done since the last call.
+    progress: called with a number from 0 to 1, the share of work done since the last call. start: what all B start
+    from. frames: gets the pictures after every iteration, uint8 [B, 3, H, W], unknown latents decoded as zeros.
     """
     s, B = sampling or run.sampling, len(classes)
     steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     step = (lambda share: lambda: progress(share)) if progress else lambda share: None
+    for_all = lambda x: x.expand(B, *x.shape)
     codes = coarse = None
+    seen = []  # latents after every iteration
     with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
         if run.prior is not None:
             codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       progress=step(0.1 / run.prior.cfg.grid**2))
+                                       progress=step(0.1 / run.prior.cfg.grid**2),
+                                       given=start and for_all(start.codes))
         if run.null is None and s.cfg != 1:
             run.null = run.generator.null_condition()
         latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
                                          generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
-                                         progress=step((0.9 if run.prior else 1.0) / s.iterations))
+                                         progress=step((0.9 if run.prior else 1.0) / s.iterations),
+                                         known=start and for_all(start.latents), keep=start and for_all(start.keep),
+                                         watch=None if frames is None else seen.append)
     if run.prior is not None:
         coarse = to_uint8(run.vq.decode(codes))
+    if frames is not None:
+        frames += [to_uint8(run.kl.decode(x)) for x in seen]
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
 
 
@@ -175,8 +230,8 @@ def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
     return Image.fromarray(out)
 
 
-def save_picture(image: Image.Image, path: str):
-    write_file(path, lambda f: image.save(f, format="PNG"))
+def save_picture(image: Image.Image, path: str, format="PNG", **options):
+    write_file(path, lambda f: image.save(f, format, **options))
 
 
 def pack(paths, ids, out):
@@ -193,10 +248,11 @@ def picture_name(run: Run, labels: list, i: int) -> str:
     return os.path.join(str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
 
 
-def describe(run: Run, s: Sampling, seed: int, labels: list) -> dict:
+def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
     """All that pictures depend on. Weights are the EMA wherever a file has one."""
     models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
     return {"sampling": asdict(s), "seed": seed, "classes": labels, "ema": True,
+            "start": start and checkpoints.checksum({**vars(start), "shown": None}),
             "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
 
 
@@ -261,6 +317,10 @@ def main():
     parser.add_argument("--out", default="sample.png", help="FILE.png for a grid, a folder, or FILE.npz and its folder")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
+    parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
+    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew, see --keep")
+    parser.add_argument("--keep", metavar="MASK", help="white: what stays of it; as large as the picture")
+    parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
@@ -274,6 +334,14 @@ def main():
     s = choose_sampling(args, run)
     if args.num is not None and args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1.")
+    if (args.edit is None) != (args.keep is None):
+        raise UserError("--edit IMAGE and --keep MASK need each other.")
+    if args.edit and args.like:
+        raise UserError("--edit and --like exclude each other.")
+    if args.like and run.prior is None:
+        raise UserError("--like: this run has no codes to take.")
+    if args.frames and not args.frames.lower().endswith(".gif"):
+        raise UserError("--frames takes FILE.gif.")
     if args.graphs:
         if run.device.type != "cuda":
             raise UserError("--graphs is for CUDA.")
@@ -290,44 +358,61 @@ def main():
     folder = args.out.removesuffix(".npz")
     if to_grid and (world.size > 1 or num > 256):
         raise UserError("for more than 256 pictures or several ranks give a folder: --out DIR.")
+    if args.frames and not to_grid:
+        raise UserError("--frames shows a grid, so --out must be FILE.png.")
     if args.show_coarse and run.prior is None:
         raise UserError("--show-coarse: this run has no codes to show.")
+    start = start_from(run, args.edit or args.like, args.keep) if args.edit or args.like else None
+    if start and (free := int((~start.keep).sum())) < s.iterations:
+        print0(f"note: {free} tokens to draw, so as many iterations")
+        s = replace(s, iterations=free)
     print0(f"{num} pictures of {len(labels)} class{'es' if len(labels) > 1 else ''}, seed {args.seed}: "
            + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(s).items()))
     if args.dry_run:
         return
 
     if not to_grid:
-        same_settings(folder, {**describe(run, s, args.seed, labels), "coarse": args.show_coarse}, num, world)
+        same_settings(folder, {**describe(run, s, args.seed, labels, start), "coarse": args.show_coarse}, num, world)
     path = lambda i: os.path.join(folder, picture_name(run, labels, i))
     mine = range(world.rank, num, world.size)
     todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
-    start, pictures = time.time(), {}
+    begun, pictures, frames = time.time(), {}, {}
+    beside = lambda o: torch.cat([o.coarse, o.images], dim=3) if args.show_coarse else o.images
     look = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
     with tqdm(total=len(todo), disable=world.rank > 0, bar_format=look) as bar:
         for chunk in (todo[a:a + args.batch] for a in range(0, len(todo), args.batch)):
             advance = lambda share: bar.update(min(share * len(chunk), bar.total - bar.n))
-            out = generate(run, [labels[i % len(labels)] for i in chunk], args.seed, chunk, s, advance)
-            images = out.images
-            if args.show_coarse and out.coarse is not None:
-                images = torch.cat([out.coarse, out.images], dim=3)
-            for i, image in zip(chunk, images.cpu()):
+            seen = [] if args.frames else None
+            out = generate(run, [labels[i % len(labels)] for i in chunk], args.seed, chunk, s, advance, start, seen)
+            for k, i in enumerate(chunk):
+                image = beside(out)[k].cpu()
                 if to_grid:
                     pictures[i] = image
+                    frames[i] = [frame[k].cpu() for frame in seen or ()]
                 else:
                     save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), path(i))
     if to_grid:  # one class a row
         several = len(labels) > 1
         rows = len(labels) if several else int(num**0.5)
         columns = -(-num // rows)
-        places = [c * rows + r if several else r * columns + c for r in range(rows) for c in range(columns)]
-        white = torch.full_like(pictures[0], 255)
-        save_picture(grid(torch.stack([pictures.get(i, white) for i in places]), columns), args.out)
+        places = [[c * rows + r if several else r * columns + c for c in range(columns)] for r in range(rows)]
+
+        def arrange(pictures, first):
+            """A grid; before each row the picture it started from, if any."""
+            white = torch.full_like(pictures[0], 255)
+            cells = [x for row in places for x in first + [pictures.get(i, white) for i in row]]
+            return grid(torch.stack(cells), columns + len(first))
+        save_picture(arrange(pictures, [beside(start.shown)[0].cpu()] if start else []), args.out)
+        if args.frames:
+            still = [start.shown.images[0].cpu()] if start else []
+            film = [arrange({i: f[k] for i, f in frames.items()}, still) for k in range(s.iterations)]
+            save_picture(film[0], args.frames, "GIF", save_all=True, append_images=film[1:], loop=0,
+                         duration=[120] * (len(film) - 1) + [2000])  # milliseconds
     barrier()
     if folder != args.out and world.rank == 0:
         pack([path(i) for i in range(num)], [run.classes[labels[i % len(labels)]][0] for i in range(num)], args.out)
     barrier()
-    print0(f"{args.out}: {num} pictures, {time.time() - start:.1f} s")
+    print0(f"{args.out}: {num} pictures, {time.time() - begun:.1f} s")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ step, saved.
 import argparse
 import math
 import os
+import re
 import signal
 import time
 from copy import deepcopy
@@ -197,16 +198,18 @@ class GeneratorStage(OnCache):
         vq, kl = self.frozen["vq"], self.frozen["kl"]
         self.condition = args.condition or preset.condition
         config = preset.generator if args.fusion is None else replace(preset.generator, fusion=args.fusion)
+        self.true_share = true_share(self.condition)
         has_prior = os.path.exists(os.path.join(args.run, "prior.pt"))
-        if config.fusion != "none" and not has_prior and self.condition == "teacher_forced":
+        reads_codes = FUSIONS[config.fusion].reads_codes
+        if reads_codes and not has_prior and min(self.true_share) < 1:
             raise UserError(f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth.")
-        if config.fusion != "none" and has_prior:
+        if reads_codes and has_prior:
             self.load_frozen("prior")
             p, wanted = self.frozen["prior"].cfg, (self.grid, vq.cfg.codebook_size, len(self.class_names))
             if (p.grid, p.vocab, p.classes) != wanted:
                 raise UserError(f"{args.run}/prior.pt has grid, codes and classes {(p.grid, p.vocab, p.classes)}, the "
                                 f"cache {wanted}; train a prior on this cache (stage 1).")
-        elif config.fusion != "none":
+        elif reads_codes:
             print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
         code_dim = self.frozen["prior"].cfg.dim if "prior" in self.frozen else preset.prior.dim
         config = replace(config, grid=self.grid, classes=len(self.class_names), vocab=vq.cfg.codebook_size,
@@ -236,19 +239,33 @@ class GeneratorStage(OnCache):
         noise = torch.randn(c.batch_mul, G, L, c.token_dim, generator=g, device=device)[:, rows]
 
         latents = self.frozen["kl"].sample(moments, posterior)  # drawn anew at every step
-        if c.fusion == "none":
-            codes = None
-        elif self.condition == "teacher_forced":
-            codes = self.frozen["prior"].resample(codes, classes, draws)
+        first, last = self.true_share
+        share = first + (last - first) * step / self.args.steps
+        if model.fusion.reads_codes and share < 1:
+            codes = torch.where(uniform(G, L) < share, codes, self.frozen["prior"].resample(codes, classes, draws))
         visible = L - math.ceil(ratio * L)
         return model.loss(latents, classes.masked_fill(drop, c.classes), codes, order >= visible, t, noise, visible)
 
     def picture(self, models):
         run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
                          self.class_names, self.sampling, self.device)
-        if models["generator"].cfg.fusion != "none" and run.prior is None:
+        if models["generator"].fusion.reads_codes and run.prior is None:
             return None  # nothing to draw codes from yet
         return sample.generate(run, self.shown()).images
+
+
+def true_share(condition: str) -> tuple:
+    """Share of true codes among the generator's at the start and at the end of training; the others are the prior's.
+
+    Between the two it moves linearly. mixed is MixAR's training-inference mixture (2511.12181).
+    """
+    text = {"teacher_forced": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
+    found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
+    shares = found and (float(found[1]), float(found[2] or found[1]))
+    if not shares or max(shares) > 1:
+        raise UserError(f"--condition must be ground_truth, teacher_forced, mixed:P or mixed:P-Q with shares from 0 to "
+                        f"1, e.g. mixed:1-0.3, not {condition}.")
+    return shares
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
@@ -267,8 +284,8 @@ def parse_args():
     parser.add_argument("--run", help="run directory (default: runs/PRESET)")
     parser.add_argument("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
     parser.add_argument("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
-    parser.add_argument("--condition", choices=("teacher_forced", "ground_truth"),
-                        help="stage 2: codes drawn by the prior given the true past, or the true ones")
+    parser.add_argument("--condition", help="stage 2: ground_truth; teacher_forced, codes drawn by the prior given the "
+                        "true past; mixed:0.7, each true with this probability; mixed:1-0.3, falling over the training")
     parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
     parser.add_argument("--batch", type=int, help="global batch (default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
@@ -329,7 +346,9 @@ def main():
             raise UserError(f"cannot make the run directory {args.run}: {error.strerror}.") from None
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, preset, world)
-    steps = max(1, round(recipe.epochs * len(stage.data) / args.batch)) if args.steps is None else args.steps
+    if args.steps is None:
+        args.steps = max(1, round(recipe.epochs * len(stage.data) / args.batch))
+    steps = args.steps
     warmup = recipe.warmup * len(stage.data) / args.batch  # steps
     lr = recipe.lr * args.batch / 256
     names = "+".join(stage.trained)
@@ -352,6 +371,8 @@ def main():
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
                    data=stage.data.identity)
+    if len(set(getattr(stage, "true_share", ()))) > 1:  # a share that falls with the step depends on their number
+        configs["steps"] = steps
     if state is None:
         stage.start()
     elif state.get("kind") != f"train-{args.stage}":

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoints
 import data
@@ -375,19 +376,52 @@ flags("sample", ["temperature"], "--prior-temperature 0", "--temperature -1", "-
 flags("sample", ["--top-"], "--top-k -1", "--top-p 0", "--top-p 1.5")
 flags("sample", ["at least 1"], "--num 0", "--batch 0")
 flags("sample", ["give a folder"], "--num 257")
+flags("sample", ["need each other"], "--edit a.png", "--keep a.png")
+flags("sample", ["exclude each other"], "--edit a.png --keep a.png --like a.png")
+flags("sample", ["a.png is not there"], "--like a.png", "--edit a.png --keep b.png")
+flags("sample", ["FILE.gif"], "--frames film.png")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
 flags("train", ["does not divide", "change --batch"], "--batch 15 --accumulate 2", "--accumulate 32")
 flags("train", ["--stage"], "--stage 3")
 flags("train", ["--fusion"], "--fusion prefixes")
-flags("train", ["--condition"], "--condition nothing")
+flags("train", ["--condition must be"], "--condition nothing", "--condition mixed", "--condition mixed:1.1",
+      "--condition mixed:-0.2", "--condition mixed:0.5-", "--condition mixed:0.5-2")
 flags("train", ["--preset"], "--preset huge")
 flags("sample", ["--device|device"], "--device nonsense")
 flags("train", ["--device|device"], "--device nonsense")
 flags("data", ["30 pixels"], "--size 30")
 flags("data", ["--size|pixels"], "--size 0", "--size -32")
 flags("data", ["at least 1"], "--toy 0", "--toy -3")
+
+
+def edited(c, size, white):
+    """sample.py with a picture of 40x40 and a mask of other pixels."""
+    Image.new("RGB", (40, 40)).save(c.tmp / "picture.png")
+    Image.new("L", size, white).save(c.tmp / "mask.png")
+    return *sample(c), "--edit", c.tmp / "picture.png", "--keep", c.tmp / "mask.png"
+
+
+@case("mask.png must be as large as .*picture.png: 40 x 40 pixels")
+def mask_of_another_size(c):
+    return edited(c, (32, 40), 0)
+
+
+@case("mask.png keeps all 16 tokens")
+def mask_that_keeps_all(c):
+    return edited(c, (40, 40), 255)
+
+
+@case("picture.png.* no readable image")
+def picture_that_is_none(c):
+    (c.tmp / "picture.png").write_text("no picture")
+    return *sample(c), "--like", c.tmp / "picture.png"
+
+
+@case("--frames", "--out must be FILE.png")
+def frames_beside_a_folder(c):
+    return *sample(c), "--out", c.new, "--frames", c.tmp / "a.gif"
 
 
 @case("CUDA")

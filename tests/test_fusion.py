@@ -9,7 +9,7 @@ from generator import GeneratorConfig
 from test_diffloss import on_meta, wake
 
 B, L, D, P, K = 3, 16, 32, 4, 20
-WITH_CODES = [name for name in FUSIONS if name != "none"]
+WITH_CODES = [name for name, fusion in FUSIONS.items() if fusion.reads_codes]
 
 
 def config(fusion, **changes):
@@ -90,12 +90,27 @@ def test_table_of_the_prior():
     torch.testing.assert_close(table * prior.std(), prior)
 
 
-def test_prefix(batch):
+def test_which_fusions_read_codes():
+    assert WITH_CODES == ["qformer", "cross_attention", "prefix", "mask_tokens"] and "none" in FUSIONS
+
+
+def test_class_slots(batch):
     token = batch[1][:, None]
-    for fusion, slots in (("none", range(P)), ("cross_attention", range(P)), ("qformer", range(2, P))):
+    for fusion in FUSIONS:
         prefix = make(fusion)(*batch).prefix
+        slots = range(2, P) if fusion == "qformer" else range(P)
         assert all(torch.equal(prefix[:, i:i + 1], token) for i in slots)
-    assert not torch.isclose(prefix[:, :2], token).any()  # the two queries of the Q-Former, in front
+        others = [i for i in range(prefix.shape[1]) if i not in slots]
+        assert not torch.isclose(prefix[:, others], token).all(-1).any()  # queries or codes
+
+
+def test_where_embedded_codes_go(batch):
+    """One embedding; the fusions differ in the place it takes: position i in row i, a null image's fake code too."""
+    for fusion, place in (("prefix", lambda c: c.prefix[:, P:]), ("cross_attention", lambda c: c.context),
+                          ("mask_tokens", lambda c: c.masked)):
+        model = make(fusion)
+        assert torch.equal(place(model(*batch)), model.embed(batch[0], batch[2]))
+        assert model.slots == (P + L if fusion == "prefix" else P)
 
 
 def test_qformer_reads_all_codes_into_different_queries(batch):
@@ -119,7 +134,7 @@ def test_cross_attention():
     got = layer(x, a.keys_values(y))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer(x[:, 2:4], a.keys_values(y)), got[:, 2:4])
-    assert all(make(f).make_cross_attention() is None for f in ("none", "qformer"))
+    assert all(make(f).make_cross_attention() is None for f in FUSIONS if f != "cross_attention")
 
 
 def test_refusals(batch):

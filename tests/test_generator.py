@@ -18,7 +18,7 @@ CONFIG = GeneratorConfig("none", dim=32, depth=2, heads=2, prefix=4, token_dim=3
                          qformer_layers=1, qformer_heads=2)
 B, L, C, NULL = 3, 16, 3, CONFIG.classes
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
-with_codes = pytest.mark.parametrize("fusion", [name for name in FUSIONS if name != "none"])
+with_codes = pytest.mark.parametrize("fusion", [name for name, fusion in FUSIONS.items() if fusion.reads_codes])
 
 
 def make(fusion="none", **changes):
@@ -51,8 +51,10 @@ def test_parameter_counts():
         assert count(Generator(GeneratorConfig("none"))) == 207_924_768
         large = GeneratorConfig("none", dim=1024, depth=16, heads=16, head_depth=8, head_width=1280)
         assert count(Generator(large)) == 478_326_304
-        for name, millions in (("d2c-b", 362), ("d2c-b-cross", 389), ("d2c-l", 633)):  # Table 1 of the paper
+        for name, millions in (("d2c-b", 362), ("d2c-b-cross", 389), ("d2c-l", 633),  # Table 1 of the paper
+                               ("discon-b", 333), ("discon-l", 603), ("mixar-b", 332)):  # our own reading
             p = PRESETS[name]
+            assert p.generator.token_dim == p.kl.z_channels
             assert round((count(Prior(p.prior)) + count(Generator(p.generator))) / 1e6) == millions, name
 
 
@@ -100,8 +102,21 @@ def test_condition(fusion, batch):
     null = model.hidden(latents, torch.full((B,), NULL), codes, mask)
     assert ((null - z)[:2].abs().amax((1, 2)) > 1e-3).all() and torch.equal(null[2], z[2])
     moved = (z - model.hidden(latents, classes, (codes + 1) % 20, mask)).abs().amax(-1)     # [B, L]
-    assert (moved[:2] > 1e-5).all() if fusion != "none" else not moved.any()
+    assert (moved[:2] > 1e-5).all() if model.fusion.reads_codes else not moved.any()
     assert not moved[2].any()  # a null class implies fake codes
+
+
+def test_codes_enter_at_their_place(batch):
+    """prefix: in encoder and decoder. mask_tokens: in the decoder alone, and only those of hidden positions."""
+    latents, classes, codes, mask = batch
+    seen, hidden = codes.clone(), codes.clone()
+    seen[mask == 0], hidden[mask == 1] = (codes[mask == 0] + 1) % 20, (codes[mask == 1] + 1) % 20
+    for fusion, encoder, decoder in (("prefix", [True, True], [True, True]),
+                                     ("mask_tokens", [False, False], [False, True])):
+        model = make(fusion)
+        for use, want in ((model.encode, encoder), (model.hidden, decoder)):
+            x = use(latents, classes, codes, mask)
+            assert [not torch.equal(use(latents, classes, c, mask), x) for c in (seen, hidden)] == want
 
 
 def test_where_latents_go(batch):
@@ -198,9 +213,9 @@ def test_every_parameter_learns(fusion, batch):
     model.train()
     model.loss(latents, classes, codes, mask).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent == ([] if fusion == "none" else ["fusion.embedding.weight"])  # the prior's table is frozen
+    assert silent == (["fusion.embedding.weight"] if model.fusion.reads_codes else [])  # the prior's table is frozen
     assert model.class_embedding.weight.grad.any(dim=1).tolist() == [True, False, False, True, False]
-    prefix = [True] * CONFIG.prefix  # and each position where it was seen, hidden, or both
+    prefix = [True] * model.fusion.slots  # and each position where it was seen, hidden, or both
     assert model.encoder_positions.grad.any(2)[0].tolist() == prefix + (mask == 0).any(0).tolist()
     assert model.decoder_positions.grad.any(2)[0].tolist() == prefix + [True] * L
     assert model.output_positions.grad.any(2)[0].tolist() == (mask == 1).any(0).tolist()
@@ -212,6 +227,29 @@ def test_dropout_only_in_training(batch):
     assert torch.equal(z(), z())
     model.train()
     assert not torch.equal(z(), z())
+
+
+@with_codes
+def test_the_condition_is_learned(fusion):
+    """Pictures of one colour that their code tells: other codes raise the loss, and draw the other picture."""
+    model, g = make(fusion, depth=1).train(), torch.Generator().manual_seed(0)
+    colors, classes = torch.randn(20, C, generator=g), torch.zeros(32, dtype=torch.int64)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+
+    def pictures():
+        codes = torch.randint(20, (32, 1), generator=g).expand(-1, L)
+        return colors[codes] + 0.1 * torch.randn(32, L, C, generator=g), codes
+    for _ in range(150):
+        latents, codes = pictures()
+        model.loss(latents, classes, codes).backward()
+        optimizer.step(), optimizer.zero_grad()
+    (latents, codes), model, other = pictures(), model.eval(), lambda x: x.roll(1, 0)
+    mask, t, noise = torch.ones(32, L), torch.randint(T, (2, 32, L)), torch.randn(2, 32, L, C)
+    loss = lambda codes: model.loss(latents, classes, codes, mask, t, noise).item()
+    assert loss(codes) < loss(other(codes)) - 0.1
+    draw = lambda codes: model.generate(classes, codes, 4, 10, 1.0, generator=generators(32), t_max=950)
+    distance = lambda codes: float((draw(codes) - other(latents)).square().mean())
+    assert distance(other(codes)) < 0.5 * distance(codes)
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -280,6 +318,44 @@ def test_steps_of_each_iteration(batch):
     every = model.generate(classes, codes, 4, steps, 3.0, generator=generators(B))
     none = model.generate(classes, codes, 4, steps, 1.0, generator=generators(B))
     assert 1e-2 < relative(some, every) < relative(none, every)
+
+
+@every_fusion
+def test_kept_latents(fusion, batch):
+    """Seen from the first iteration on, and left alone: generate, written out with `hidden` and a mask."""
+    model, (known, classes, codes, mask) = make(fusion), batch
+    orders, keep = torch.rand(B, L).argsort(1), mask == 0
+    counts = [10] + hidden_counts(10, 4)
+    noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
+    latents, mask, null = known * keep[..., None], (~keep).float(), torch.full((B,), NULL)
+    rank = (orders.argsort(1) + L * keep).argsort(1).argsort(1)  # in the order, kept ones last
+    seen = []
+    for k, after in enumerate(counts[1:]):
+        now = (rank < after).float()
+        new = (mask - now) == 1
+        z, z_null = (model.hidden(latents, y, codes, mask)[new] for y in (classes, null))
+        scale = 1 + (3.0 - 1) * (L - max(after, 1)) / L
+        latents[new] = model.head.sample(z, z_null, scale, 5, 0.9, noise[k], t_max=900)
+        mask = now
+        seen.append(latents.clone())
+    watched = []
+    got = model.generate(classes, codes, 4, 5, 3.0, "linear", 0.9, orders, noise, t_max=900, known=known, keep=keep,
+                         watch=watched.append)
+    assert relative(got, latents) < 3e-4 and torch.equal(got[keep], known[keep])
+    assert len(watched) == 4 and all(relative(a, b) < 3e-4 for a, b in zip(watched, seen))
+
+
+def test_what_may_be_kept(batch):
+    model, (known, classes, _, mask) = make(), batch
+    keep = mask == 0
+    for iterations in (1, 10):  # of the ten that are not kept
+        out = model.generate(classes, None, iterations, 2, 2.0, known=known, keep=keep)
+        assert torch.equal(out[keep], known[keep]) and not torch.isclose(out[~keep], known[~keep]).all(-1).any()
+    with pytest.raises(ValueError, match="the 10 tokens to draw"):
+        model.generate(classes, None, 11, 2, known=known, keep=keep)
+    keep[0] = False
+    with pytest.raises(ValueError, match="equally many"):
+        model.generate(classes, None, 2, 2, known=known, keep=keep)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])

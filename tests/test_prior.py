@@ -163,6 +163,17 @@ def test_greedy(model, batch):
     assert torch.equal(codes, model.generate(classes, cfg=2.0, temperature=1e-4))
 
 
+def test_given_codes_stay(model, batch):
+    """They stand at their places, and the codes drawn after them are those of a model that has seen them."""
+    codes, classes = batch
+    given = torch.where(torch.rand(B, L) < 0.5, codes, -1)
+    out = model.generate(classes, cfg=2.0, greedy=True, given=given)
+    cond, null = (model(out, y)[:, :-1] for y in (classes, torch.full((B,), NULL)))
+    assert torch.equal(out, torch.where(given < 0, (2 * cond - null).argmax(-1), codes))
+    draw = lambda **how: model.generate(classes, generator=generators(B), **how)
+    assert torch.equal(draw(given=torch.full((B, L), -1)), draw()) and torch.equal(draw(given=codes), codes)
+
+
 def test_nothing_to_guide(model):
     null = torch.full((B,), NULL)
     plain, guided = (model.generate(null, cfg=cfg, generator=generators(B)) for cfg in (1.0, 3.0))

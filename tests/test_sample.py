@@ -206,6 +206,95 @@ def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
         assert abs(half - want[0].permute(1, 2, 0).numpy()).max() <= 1
 
 
+# ------------------------------------------------------------------------------------------------ seeing and editing
+
+@pytest.fixture
+def picture(toy, tmp_path):
+    """A toy picture of 64x64 and a mask that keeps its lower half and one pixel less than the token above on the left.
+
+    Both are halved for the run's 32x32 pixels, 4x4 tokens.
+    """
+    path = next(Path(toy.images, "warm_ring").glob("*.png"))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:], mask[16:32, :14] = 255, 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return path, tmp_path / "mask.png"
+
+
+def test_start_from(run, picture):
+    path, mask = picture
+    image = torch.from_numpy(sample.read_image(str(path), 32))
+    edit, like = sample.start_from(run, str(path), str(mask)), sample.start_from(run, str(path))
+    assert edit.keep.tolist() == [False] * 8 + [True] * 8 and not like.keep.any()
+    codes = run.vq.encode(sample.to_float(image.numpy())[None])[0]
+    assert torch.equal(like.codes, codes) and torch.equal(edit.codes, torch.where(edit.keep, codes, -1))
+    assert torch.equal(like.shown.images[0], image) and torch.equal(edit.shown.images[0, :, 16:], image[:, 16:])
+    assert (edit.shown.images[0, :, :16] == 128).all()
+    decoded = sample.to_uint8(run.kl.decode(edit.latents[None]))[0]
+    assert (decoded.float() - image.float()).abs().mean() < 15
+
+
+def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
+    """To the bit, in every picture; the rest is drawn anew, and the same when drawn again."""
+    start, drawn, frames = sample.start_from(run, *map(str, picture)), [], []
+    decode = run.kl.decode
+    monkeypatch.setattr(run.kl, "decode", lambda latents: drawn.append(latents) or decode(latents))
+    out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=frames)
+    assert len(frames) == 4 and torch.equal(frames[3], out.images) and len(drawn) == 5
+    for latents in drawn:  # after every iteration, and at the end
+        assert (latents[:, start.keep] == start.latents[start.keep]).all()
+    assert [int((x[0].abs().sum(1) == 0).sum()) for x in drawn] == [7, 5, 3, 0, 0]  # of eight: 8 cos(pi/8 (k+1))
+    assert (out.codes[:, start.keep] == start.codes[start.keep]).all() and out.codes.min() >= 0
+    images = out.images.int()
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
+    alone = sample.generate(run, [3], indices=[1], start=start, sampling=replace(run.sampling, iterations=4))
+    assert (alone.images[0].int() - images[1]).abs().max() <= 1
+
+
+def test_like_takes_the_codes(run, picture):
+    start = sample.start_from(run, str(picture[0]))
+    out = sample.generate(run, [3, 5], start=start)
+    assert (out.codes == start.codes).all() and not torch.equal(out.images[0], out.images[1])
+
+
+def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
+    """A grid begins each row with the picture; frames are grids too; a folder remembers what it started from."""
+    path, mask = picture
+    command = ("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--edit", path, "--keep", mask, "--steps", 6)
+    said = works(*command, "--out", tmp_path / "a.png", "--frames", tmp_path / "a.gif", "--iterations", 9)
+    assert "8 tokens to draw" in said and "iterations 8" in said
+    grid, start = pixels(tmp_path / "a.png"), sample.start_from(run, str(path), str(mask))
+    assert grid.shape == (66, 100, 3)
+    for y in (0, 34):
+        assert (grid[y:y + 32, :32] == start.shown.images[0].permute(1, 2, 0).numpy()).all()
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 8 and film.size == (100, 66)
+        film.seek(7)
+        assert abs(np.asarray(film.convert("RGB")).astype(int) - grid).mean() < 8  # 256 colours
+    works(*command, "--out", tmp_path / "wide.png", "--show-coarse")
+    assert pixels(tmp_path / "wide.png").shape == (66, 196, 3)
+    folder = (*command, "--out", tmp_path / "files")
+    works(*folder)
+    assert script("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--steps", 6, "--iterations", 8, "--out",
+                  tmp_path / "files").err.endswith("made with other start; choose another --out.\n")
+    assert abs(pixels(tmp_path / "files/3/000002.png") - grid[:32, 68:]).max() <= 1
+
+
+def test_a_run_without_codes_edits_too(copy_run, works, picture, tmp_path, script):
+    """MAR inpaints; it has no codes to take."""
+    run = copy_run("kl", "generator")
+
+    def make_mar(content):
+        content["config"]["fusion"] = "none"
+        content["state"] = {k: v for k, v in content["state"].items() if "fusion" not in k and ".cross." not in k}
+    edit(run, "generator", make_mar)
+    path, mask = picture
+    command = ("sample", "--run", run, "--class", 3, "--num", 1, "--out", tmp_path / "a.png", *QUICK)
+    works(*command, "--edit", path, "--keep", mask)
+    assert pixels(tmp_path / "a.png").shape == (32, 66, 3)
+    assert "no codes" in script(*command, "--like", path).err
+
+
 def test_two_ranks_write_the_same_files(toy, files, two_ranks, tmp_path):
     said = two_ranks("sample", "--run", toy.run, "--class", "1,3", "--num", 9, "--out", tmp_path, *QUICK)
     assert "5.0/5 images" in said  # rank 0's share

@@ -12,9 +12,12 @@ import torch
 import checkpoints
 import data
 import sample
+from fusion import FUSIONS
 from generator import Generator
 from presets import PRESETS
+from prior import Prior
 from runtime import rng
+from train import true_share
 
 TEACHER_FORCED = ("--condition", "teacher_forced")
 
@@ -113,6 +116,7 @@ def test_resumed_equals_uninterrupted(toy, copy_run, works, stage):
 def test_saved_in_the_middle(toy, copy_run, works, monkeypatch, script):
     """Stopped at step 3, after a save at step 2: the same command goes on from there and ends as if never stopped."""
     run, calls, batch = copy_run("vq", "kl", "prior"), [], data.Cache.batch
+    more = ("--save-every", 2, "--condition", "mixed:1-0.2")  # whose share of true codes follows from the step
 
     def stop_later(self, numbers):
         calls.append(numbers)
@@ -122,12 +126,14 @@ def test_saved_in_the_middle(toy, copy_run, works, monkeypatch, script):
 
     with monkeypatch.context() as m:
         m.setattr(data.Cache, "batch", stop_later)
-        assert script(*command(toy, 2, run, 4, "--save-every", 2)).code == 130
+        assert script(*command(toy, 2, run, 4, *more)).code == 130
     assert train_state(run)["step"] == 2
-    assert "at step 2" in works(*command(toy, 2, run, 4, "--save-every", 2))
+    result = script(*command(toy, 2, run, 5, *more))
+    assert result.code == 1 and "trained with other settings (steps)" in result.err
+    assert "at step 2" in works(*command(toy, 2, run, 4, *more))
     interrupted = train_state(run)
     shutil.rmtree(run)
-    works(*command(toy, 2, copy_run("vq", "kl", "prior"), 4))
+    works(*command(toy, 2, copy_run("vq", "kl", "prior"), 4, *more))
     assert_same(interrupted, train_state(run))
 
 
@@ -228,12 +234,12 @@ def test_learning_rate_follows_batch_and_warm_up(toy, copy_run, works, monkeypat
 
 # ------------------------------------------------------------------------------------------------------- combinations
 
-@pytest.mark.parametrize("condition", ["teacher_forced", "ground_truth"])
-@pytest.mark.parametrize("fusion", ["none", "qformer", "cross_attention"])
+@pytest.mark.parametrize("condition", ["teacher_forced", "ground_truth", "mixed:0.5"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path, fusion, condition):
     run = copy_run("vq", "kl", "prior")
     works(*command(toy, 2, run, 2, "--fusion", fusion, "--condition", condition))
-    if fusion == "none":  # MAR needs neither
+    if not FUSIONS[fusion].reads_codes:
         os.unlink(f"{run}/vq.pt"), os.unlink(f"{run}/prior.pt")
     out = tmp_path / "a.png"
     works("sample", "--run", run, "--class", "3", "--num", 2, "--iterations", 2, "--steps", 4, "--out", out)
@@ -243,13 +249,30 @@ def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path,
 
 
 def test_conditions_differ(toy, copy_run, works):
-    curves = []
-    for condition in ("teacher_forced", "ground_truth"):
+    curves = {}
+    for condition in ("teacher_forced", "mixed:0", "mixed:.5", "mixed:1-0", "mixed:1", "ground_truth"):
         run = copy_run("vq", "kl", "prior")
         works(*command(toy, 2, run, 3, "--condition", condition))
-        curves.append(losses(run))
+        curves[condition] = tuple(losses(run)[1:])  # the head starts at zero, so the first loss knows no condition
         shutil.rmtree(run)
-    assert curves[0][1:] != curves[1][1:]  # the head starts at zero, so the first loss knows no condition
+    assert curves["teacher_forced"] == curves["mixed:0"] and curves["ground_truth"] == curves["mixed:1"]
+    assert len(set(curves.values())) == 4
+
+
+def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
+    """A prior that draws code 63 only, and a generator that counts it: the share moves linearly with the step."""
+    assert true_share("ground_truth") == (1, 1) and true_share("teacher_forced") == (0, 0)
+    assert true_share("mixed:0.7") == (0.7, 0.7) and true_share("mixed:1.0-.3") == (1, 0.3)
+    drawn = []
+    monkeypatch.setattr(Prior, "resample", lambda self, codes, classes, uniform: torch.full_like(codes, 63))
+
+    def loss(self, latents, classes, codes, *rest):
+        drawn.append(float((codes == 63).float().mean()))
+        return self.mask_token.sum()
+    monkeypatch.setattr(Generator, "loss", loss)
+    works(*command(toy, 2, copy_run("vq", "kl", "prior"), 5, "--condition", "mixed:1-0", "--batch", 64))
+    drawn = [(d - drawn[0]) / (1 - drawn[0]) for d in drawn]  # some true codes are 63
+    assert drawn == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.06)  # 1,024 codes a step
 
 
 def test_one_tokenizer_at_a_time(toy, works, tmp_path):
