@@ -128,7 +128,7 @@ def decoding(args, model, iterations):
     c, B, device = model.cfg, args.batch, args.device
     counts = [c.grid**2] + hidden_counts(c.grid**2, iterations)
     noise = [torch.randn(args.steps + 1, B * (a - b), c.token_dim, device=device) for a, b in zip(counts, counts[1:])]
-    codes = torch.randint(c.vocab, (B, c.grid**2), device=device) if c.fusion != "none" else None
+    codes = torch.randint(c.vocab, (B, c.grid**2), device=device)
     orders = torch.rand(B, c.grid**2, device=device).argsort(1)
     classes = torch.arange(B, device=device) % c.classes
     return classes, codes, iterations, args.steps, 3.0, "linear", 1.0, orders, noise
@@ -169,7 +169,7 @@ def bench_train(args, preset):
     model, L = random_weights(Generator(replace(c, dropout=0.0))).to(device).train(), c.grid**2
     visible = mean_visible(L)
     latents, mask = torch.randn(B, L, c.token_dim, device=device), torch.rand(B, L, device=device).argsort(1) >= visible
-    codes = torch.randint(c.vocab, (B, L), device=device) if c.fusion != "none" else None
+    codes = torch.randint(c.vocab, (B, L), device=device)
     t = torch.randint(1000, (c.batch_mul, B, L), device=device)
     noise = torch.randn(c.batch_mul, B, L, c.token_dim, device=device)
     how = latents, torch.arange(B, device=device) % c.classes, codes, mask.float(), t, noise
@@ -241,8 +241,8 @@ def training_step(config: generator.GeneratorConfig, teacher: prior.PriorConfig)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model, L, M = Generator(replace(config, dropout=0.0)).train(), config.grid**2, config.batch_mul
         codes = classes = torch.zeros(1, dtype=torch.long)
-        codes = None if config.fusion == "none" else classes.expand(1, L)
-        if codes is not None:
+        codes = classes.expand(1, L)
+        if model.fusion.reads_codes:
             prior.Prior(teacher).eval().resample(codes, classes, torch.rand(1, L))
         how = torch.empty(1, L, config.token_dim), classes, codes, torch.empty(1, L), torch.zeros(M, 1, L).long()
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

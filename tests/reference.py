@@ -78,7 +78,7 @@ def decode(model, encoded, mask, condition):
     """The decoder in raster order, every row through every block -> z [B, L, D]."""
     B, P, L = len(mask), model.fusion.slots, mask.shape[1]
     x = model.decoder_in(encoded)
-    tokens = model.mask_token.expand(B, L, -1) if condition.masked is None else condition.masked
+    tokens = (model.mask_token if condition.masked is None else model.mask_token + condition.masked).expand(B, L, -1)
     rows = torch.cat([x[:, :P], tokens], dim=1).clone()                                      # [B, P+L, D]
     with_prefix = torch.cat([torch.zeros(B, P, device=x.device), mask], dim=1)
     rows[(1 - with_prefix).nonzero(as_tuple=True)] = x.flatten(0, 1)
