@@ -97,14 +97,10 @@ def tf32():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
-
-
 class HeadBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN.
 
-    As in MAR this LayerNorm has weights of its own, the one before the output has none.
+    As in MAR this LayerNorm has weights of its own, the one before the output has none. `modulation` gives 1 + scale.
     """
 
     def __init__(self, width):
@@ -115,7 +111,7 @@ class HeadBlock(nn.Module):
 
     def forward(self, x, modulation):
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), scale)))
 
 
 class HeadNet(nn.Module):
@@ -135,15 +131,23 @@ class HeadNet(nn.Module):
             nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)  # every block starts as the identity, the output as zero
 
     def embed_time(self, t):
-        """t [N], original timesteps -> [N, width]: cosines, then sines, of frequencies 10000^(-i/128); two layers."""
+        """t [...], original timesteps -> [..., width]: cosines, then sines, of frequencies 10000^(-i/128); two layers."""
+        if t.numel() > T:  # in training: each timestep once
+            return F.embedding(t, self.embed_time(torch.arange(T, device=t.device)))
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
-        angles = t.float()[:, None] * freqs
+        angles = t.float()[..., None] * freqs
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
     def stacked(self):
-        """The adaLN projections of all blocks and the output as one weight and one bias: one product for depth + 1."""
+        """The adaLN projections of all blocks and the output as one weight and one bias: one product for depth + 1.
+
+        The 1 of 1 + scale goes into the bias here.
+        """
         linears = [b.modulation for b in self.blocks] + [self.output_modulation]
-        return torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears])
+        bias = torch.cat([m.bias for m in linears]).view(-1, linears[0].in_features)             # shift, scale, gate, ...
+        one = torch.zeros_like(bias[:, :1])
+        one[1::3] = 1.0
+        return torch.cat([m.weight for m in linears]), (bias + one).flatten()
 
     def modulations(self, y, stacked):
         """y [..., width] -> one [..., 3 width] per block, then [..., 2 width]: from time and condition, not from x."""
@@ -157,11 +161,11 @@ class HeadNet(nn.Module):
             for block, m in zip(self.blocks, modulations):
                 x = block(x, m)
         shift, scale = modulations[-1].chunk(2, dim=-1)
-        x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
         return self.output(x)                                                   # [N, 2C]
 
     def forward(self, x_t, t, z):
-        """x_t [N, C], t [N] original timesteps 0..999, z [N, D] -> [N, 2C]."""
+        """x_t [..., N, C], t [..., N] original timesteps 0..999, z [N, D] -> [..., N, 2C]."""
         return self.body(x_t, self.modulations(self.embed_time(t) + self.cond(z), self.stacked()))
 
 
@@ -182,7 +186,8 @@ class DiffusionHead(nn.Module):
     def loss(self, x, z, t=None, noise=None):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus the variational bound in bits, means over C.
 
-        t [N] int64 and noise [N, C] are drawn when None. IDDPM's hybrid loss, with its weight 0.001 * T = 1 for one
+        t [N] int64 and noise [N, C] are drawn when None; with [M, N] and [M, N, C], M draws for each row, the result
+        is [M, N], and what depends on z alone is computed once. IDDPM's hybrid loss, with its weight 0.001 * T = 1 for one
         timestep of the sum: the bound trains only the variance, as eps is detached in it.
         """
         with torch.autocast(x.device.type, enabled=False):
@@ -191,7 +196,7 @@ class DiffusionHead(nn.Module):
                 t = torch.randint(T, (len(x),), device=x.device)
             if noise is None:
                 noise = torch.randn_like(x)
-            signal, sigma, from_xt, from_eps, mean_x0, mean_xt, low, high = self.table[:, t, None]  # each [N, 1]
+            signal, sigma, from_xt, from_eps, mean_x0, mean_xt, low, high = self.table[:, t, None]  # each [..., N, 1]
             x_t = signal * x + sigma * noise                                    # DDPM Eq. 4
             eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [N, C]
             f = (v + 1) / 2
@@ -201,7 +206,7 @@ class DiffusionHead(nn.Module):
             # KL from the posterior, N(true_mean, exp(low)), to the model, N(mean, exp(logvar))
             kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
             nll = -discretized_log_likelihood(x, mean, 0.5 * logvar)            # replaces the KL at t = 0
-            bound = torch.where(t[:, None] == 0, nll, kl).mean(-1) / math.log(2)
+            bound = torch.where(t[..., None] == 0, nll, kl).mean(-1) / math.log(2)
             return ((eps - noise) ** 2).mean(-1) + bound
 
     @torch.no_grad()

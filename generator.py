@@ -200,10 +200,9 @@ class Generator(nn.Module):
         if noise is None:
             noise = torch.randn(M, B, L, C, device=x.device)
         draws = masked.expand(M, B, L - V).flatten(0, 1)                                         # [M*B, n]
-        t = rows_at(t.flatten(0, 1)[..., None], draws).flatten()                                 # [M*B*n]
-        noise = rows_at(noise.flatten(0, 1), draws).flatten(0, 1)                                # [M*B*n, C]
-        repeat = lambda a: a.expand(M, *a.shape).flatten(0, 2)                                 # [B, n, .] -> [M*B*n, .]
-        return self.head.loss(repeat(x), repeat(z), t, noise).mean()
+        t = rows_at(t.flatten(0, 1)[..., None], draws).view(M, -1)                               # [M, B*n]
+        noise = rows_at(noise.flatten(0, 1), draws).view(M, -1, C)                               # [M, B*n, C]
+        return self.head.loss(x.flatten(0, 1), z.flatten(0, 1), t, noise).mean()
 
     # --------------------------------------------------------------------------------------------------- sampling
 

@@ -6,6 +6,7 @@ every step, the condition at every iteration, boolean masks, coefficients gather
 """
 import math
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fid
-from diffloss import T, Schedule, spaced_timesteps
+from diffloss import T, DiffusionHead, spaced_timesteps
 from generator import hidden_counts
 from prior import draw, rotate
 
@@ -26,7 +27,9 @@ def alpha_bar(t):
 
 def head_net(net, x_t, t, z):
     """x_t [N, C], t [N], z [N, D] -> [N, 2C]: adaLN computed block by block."""
-    y = net.embed_time(t) + net.cond(z)
+    freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+    angles = t[:, None].float() * freqs
+    y = net.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + net.cond(z)
     x = net.input(x_t)
     for block in net.blocks:
         shift, scale, gate = block.modulation(F.silu(y)).chunk(3, dim=-1)
@@ -110,11 +113,12 @@ def generate(model, classes, codes, iterations, steps, cfg, schedule, temperatur
 
 
 def loss(model, latents, classes, codes, mask, t, noise):
-    """Generator.loss: the head on every token, masked afterwards. Arguments as there."""
+    """Generator.loss: the head on every token and draw, masked afterwards. Arguments as there."""
     condition = model.condition(classes, codes)
     z = decode(model, encode(model, latents, mask, condition), mask, condition)
     repeat = lambda a: a.expand(len(t), *a.shape).flatten(0, 2)
-    rows = model.head.loss(repeat(latents), repeat(z), t.flatten(), noise.flatten(0, 2))     # [M*B*L]
+    plain = SimpleNamespace(table=model.head.table, net=lambda x_t, t, z: head_net(model.head.net, x_t, t, z))
+    rows = DiffusionHead.loss(plain, repeat(latents), repeat(z), t.flatten(), noise.flatten(0, 2))    # [M*B*L]
     hidden = mask.expand(len(t), *mask.shape).flatten()
     return (rows * hidden).sum() / hidden.sum()
 
@@ -128,21 +132,22 @@ def prior_generate(model, classes, cfg, temperature, uniform):
     zeros = lambda: torch.zeros(shape, device=labels.device)
     caches = [(zeros(), zeros()) for _ in model.blocks]
     causal = torch.ones(L + 1, L + 1, dtype=torch.bool, device=labels.device).tril()
+    linear = lambda layer, x: F.linear(x, layer.weight)
     norm = lambda n, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * n.weight
     x, codes = model.class_embedding(labels)[:, None], []
     for i in range(L):
         at = torch.tensor([i], device=labels.device)
         for block, (keys, values) in zip(model.blocks, caches):
-            qkv = block.wqkv(norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
+            qkv = linear(block.wqkv, norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
             q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))                             # [2B, H, 1, D/H]
             q, keys[:, :, at], values[:, :, at] = rotate(q, model.rope[at]), rotate(k, model.rope[at]), v
             # LlamaGen repeats keys and values for grouped heads, once each here: a copy of the whole cache
             k, v = keys.repeat_interleave(1, dim=1), values.repeat_interleave(1, dim=1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal[at][None, None])
-            x = x + block.wo(y.transpose(1, 2).flatten(2))
+            x = x + linear(block.wo, y.transpose(1, 2).flatten(2))
             h = norm(block.ffn_norm, x)
-            x = x + block.w2(F.silu(block.w1(h)) * block.w3(h))
-        cond, null = model.output(norm(model.norm, x))[:, -1].float().chunk(2)
+            x = x + linear(block.w2, F.silu(linear(block.w1, h)) * linear(block.w3, h))
+        cond, null = linear(model.output, norm(model.norm, x))[:, -1].float().chunk(2)
         codes.append(draw((null + cfg * (cond - null)) / temperature, uniform[:, i]))
         x = model.code_embedding(torch.cat([codes[-1]] * 2))[:, None]
     return torch.stack(codes, dim=1)

@@ -199,6 +199,14 @@ def test_loss_at_t0_is_a_discretised_likelihood(head):
     torch.testing.assert_close(head.loss(x, z, t, noise).double(), want, rtol=0.02, atol=0.02)  # tanh for the CDF
 
 
+def test_many_draws_of_a_row(head):
+    """t [M, N]: as M calls, also where M * N is more than there are timesteps."""
+    for M in (2, 300):
+        x, z, t, noise = torch.randn(N, C), torch.randn(N, D), torch.randint(T, (M, N)), torch.randn(M, N, C)
+        want = torch.stack([head.loss(x, z, t[m], noise[m]) for m in range(M)])
+        torch.testing.assert_close(head.loss(x, z, t, noise), want)
+
+
 def test_bound_does_not_train_the_noise(head):
     """The gradient on eps is that of the squared error alone; v gets one from the bound alone."""
     class Said(nn.Module):

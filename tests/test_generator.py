@@ -186,13 +186,14 @@ def test_loss_draws_its_own(batch, monkeypatch):
     latents[..., 0] = torch.arange(L)
     for _ in range(50):
         model.loss(latents, classes, None)
-    positions = [x[:, 0].view(2, B, -1) for x, _ in rows]
-    counts = [p.shape[2] for p in positions]
+    positions = [x[:, 0].view(B, -1) for x, _ in rows]
+    counts = [p.shape[1] for p in positions]
     assert min(counts) == 12 and max(counts) == 16  # ceil(0.7 * 16) = 12
     for p in positions:
-        assert torch.equal(p[0], p[1]) and all(len(image.unique()) == p.shape[2] for image in p[0])
-    assert any(not torch.equal(p[0, 0], p[0, 1]) for p in positions)  # every image has an order of its own
-    t = torch.cat([t for _, t in rows])
+        assert all(len(image.unique()) == p.shape[1] for image in p)
+    assert any(not torch.equal(p[0], p[1]) for p in positions)  # every image has an order of its own
+    assert all(t.shape == (2, len(x)) for x, t in rows)
+    t = torch.cat([t for _, t in rows], dim=1)
     assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
 
 
