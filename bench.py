@@ -1,4 +1,4 @@
-"""Speed: each part against its plain form, in the same run.
+"""Speed: each part against its textbook form, in the same run; how it grows; what a training would cost.
 
     python bench.py all                                  every part below; minutes to an hour on a CPU
     python bench.py head --preset d2c-b --batch 4        one part
@@ -45,7 +45,7 @@ import reference  # noqa: E402
 
 
 def random_weights(model):
-    """Layers that start at zero would hide differences, and denormals or zeros may change the speed."""
+    """Fills parameters that are all zero: zeros would hide differences, and may be faster."""
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.02)
@@ -68,7 +68,7 @@ def matmul_rate(device):
 
 
 def peak_memory(device):
-    """MB: allocated on CUDA since the start, on a CPU the whole process."""
+    """MB, of all that ran so far, the textbook form too: allocated on CUDA, on a CPU the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
@@ -144,7 +144,7 @@ def bench_generator(args, preset):
 
 
 def bench_d2c(args, preset):
-    """The paper's comparison: prior and generator at 64 iterations against plain MAR at 256, or fewer of both."""
+    """The paper's comparison, prior and generator at 64 iterations against MAR at 256, here in its textbook loop."""
     first = random_weights(prior.Prior(preset.prior)).to(args.device)
     second = random_weights(Generator(preset.generator)).to(args.device)
     mar = random_weights(Generator(replace(preset.generator, fusion="none"))).to(args.device)
@@ -203,7 +203,7 @@ def bench_fid(args, preset):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "rule.pth")
         torch.save(reference.rule_weights(), path)
-        ours = fid.Inception(path, "torch").to(args.device)
+        ours = fid.Inception(path, "torch").to(args.device)  # channels last, on GPUs too, where fid.py takes the other
         plain = reference.plain_inception(path).to(args.device)
     yield compare(args, lambda: plain(images), lambda: ours(images), counted(lambda: ours(images)), len(images),
                   "features of 256 pixels")
@@ -240,7 +240,7 @@ def training_step(config: generator.GeneratorConfig, teacher: prior.PriorConfig)
 
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model, L, M = Generator(replace(config, dropout=0.0)).train(), config.grid**2, config.batch_mul
-        codes = classes = torch.zeros(1, dtype=torch.long)
+        classes = torch.zeros(1, dtype=torch.long)
         codes = classes.expand(1, L)
         if model.fusion.reads_codes:
             prior.Prior(teacher).eval().resample(codes, classes, torch.rand(1, L))
@@ -295,7 +295,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="append the records to FILE, one a line")
     args = parser.parse_args()
     if min(args.batch, args.steps, args.repeats) < 1 or args.warmup < 0:
-        raise UserError("--batch, --steps and --repeats must be at least 1.")
+        raise UserError("--batch, --steps and --repeats must be at least 1, --warmup at least 0.")
     preset = PRESETS[args.preset]
     if not 1 <= args.iterations <= preset.generator.grid**2:
         raise UserError(f"--iterations must be between 1 and {preset.generator.grid**2}.")

@@ -1,6 +1,6 @@
 """The diffusion head: a small MLP that draws one continuous token x given what the generator says about it, z.
 
-D2C Eq. 2, MAR (2406.11838) section 3.2.
+D2C (2503.17155) Eq. 2, MAR (2406.11838) section 3.2.
 
     DiffusionHead(cfg)
     .net(x_t [N, C], t [N], z [N, D])   -> [N, 2C]: predicted noise, then v that interpolates the log-variance
@@ -13,7 +13,7 @@ sample once an iteration.
 
 Precision: abar at the last timestep is 2.4e-9, so the first reverse step multiplies an error of the predicted noise
 by mean_x0 * x_from_eps = 316 at 100 steps (632 at 50). Everything here runs in fp32 with autocast off, and no fp16
-comes near; only the hidden layers may use TF32.
+comes near; only the hidden layers use TF32 in the forward pass, on GPUs that have it.
 """
 import math
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 T = 1000    # training timesteps
-ROWS = 512  # of one adaLN product in sampling: enough to be limited by arithmetic; a row takes 20 * width floats
+ROWS = 512  # steps x tokens of one adaLN product in sampling, about: a row takes (3 * depth + 2) * width floats
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def cosine_alpha_bar(s):
 
 
 def spaced_timesteps(steps, t_max=T - 1):
-    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. A single step keeps timestep 0, as officially."""
+    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. A single step keeps timestep 0, as in MAR's code."""
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
-    stride = t_max / (steps - 1) if steps > 1 else 1.0
+    stride = t_max / max(steps - 1, 1)
     kept, position = [], 0.0
     for _ in range(steps):
         kept.append(round(position))
@@ -88,7 +88,7 @@ def respaced(steps, t_max) -> Schedule:
 
 @contextmanager
 def tf32():
-    """On GPUs: fp32 matrix products on tensor cores, which round their inputs to 10 bits. Nothing changes elsewhere."""
+    """Lets a GPU round the inputs of fp32 matrix products to 10 bits, for its tensor cores. No effect on a CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -100,7 +100,8 @@ def tf32():
 class HeadBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN.
 
-    As in MAR this LayerNorm has weights of its own, the one before the output has none. `modulation` gives 1 + scale.
+    y is time + condition. HeadNet.modulations applies the Linear, for all blocks at once, and hands in 1 + scale. As in
+    MAR this LayerNorm has weights of its own, the one before the output has none.
     """
 
     def __init__(self, width):
@@ -109,8 +110,8 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 3 * width)
 
-    def forward(self, x, modulation):
-        shift, scale, gate = modulation.chunk(3, dim=-1)
+    def forward(self, x, shift_scale_gate):
+        shift, scale, gate = shift_scale_gate.chunk(3, dim=-1)
         return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), scale)))
 
 
@@ -131,7 +132,7 @@ class HeadNet(nn.Module):
             nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)  # every block starts as the identity, the output as zero
 
     def embed_time(self, t):
-        """t [...], original timesteps -> [..., width]: cosines, then sines, of frequencies 10000^(-i/128); two layers."""
+        """t [...], original timesteps -> [..., width]: cosines, then sines, at 10000^(-i/128); then two layers."""
         if t.numel() > T:  # in training: each timestep once
             return F.embedding(t, self.embed_time(torch.arange(T, device=t.device)))
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
@@ -144,7 +145,7 @@ class HeadNet(nn.Module):
         The 1 of 1 + scale goes into the bias here.
         """
         linears = [b.modulation for b in self.blocks] + [self.output_modulation]
-        bias = torch.cat([m.bias for m in linears]).view(-1, linears[0].in_features)             # shift, scale, gate, ...
+        bias = torch.cat([m.bias for m in linears]).view(-1, linears[0].in_features)  # rows: shift, scale, gate, ...
         one = torch.zeros_like(bias[:, :1])
         one[1::3] = 1.0
         return torch.cat([m.weight for m in linears]), (bias + one).flatten()
@@ -177,18 +178,18 @@ class DiffusionHead(nn.Module):
         self.cfg, self.net = c, HeadNet(c)
         s = Schedule()
         # rows in the order in which `loss` unpacks them
-        columns = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
-                   s.mean_x0, s.mean_xt, s.min_logvar, s.max_logvar]
-        self.register_buffer("clock", torch.arange(T), persistent=False)
+        rows = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
+                s.mean_x0, s.mean_xt, s.min_logvar, s.max_logvar]
+        self.register_buffer("table", torch.tensor(rows, dtype=torch.float32), persistent=False)     # [8, T]
+        self.register_buffer("clock", torch.arange(T), persistent=False)  # a CUDA graph may not copy from the host
         self.graphs = None  # or Graphs(), on CUDA
-        self.register_buffer("table", torch.tensor(columns, dtype=torch.float32), persistent=False)  # [8, T]
 
     def loss(self, x, z, t=None, noise=None):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus the variational bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None; with [M, N] and [M, N, C], M draws for each row, the result
-        is [M, N], and what depends on z alone is computed once. IDDPM's hybrid loss, with its weight 0.001 * T = 1 for one
-        timestep of the sum: the bound trains only the variance, as eps is detached in it.
+        is [M, N], and what depends on z alone is computed once. IDDPM's hybrid loss: 0.001 times a sum over T = 1000
+        steps is 1 times the one step drawn here. The bound trains only the variance, as eps is detached in it.
         """
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
@@ -224,7 +225,7 @@ class DiffusionHead(nn.Module):
             noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
         guided = z_null is not None and cfg != 1
         z = (torch.cat([z, z_null]) if guided else z).float()                                    # [N or 2N, D]
-        cfg = torch.full((), float(cfg), device=z.device)
+        cfg = torch.full((), float(cfg), device=z.device)  # a graph's input: guidance changes with the iteration
         loop = lambda *inputs: self.reverse(*inputs, respaced(steps, t_max), temperature)
         if self.graphs is None:
             return loop(z, noise, cfg)
@@ -234,8 +235,8 @@ class DiffusionHead(nn.Module):
         """The step loop. z [N, D], or [2N, D] with the null branch behind; noise [S+1, N, C]; cfg: a scalar tensor.
 
         What does not depend on x is kept out of the steps: the embedding of all times, one projection of z, and the
-        adaLN projections of SiLU(t + c), which are most of the arithmetic. Those belong to (step, row) and do not
-        split into a part of each; but as one product for several steps they read their weights once.
+        adaLN projections of SiLU(t + c), which are most of the arithmetic. Each (step, row) needs its own, as the
+        SiLU is no sum of a step's part and a row's; but one product for several steps reads the weights once.
         """
         with torch.autocast(z.device.type, enabled=False):
             net, N, C, S = self.net, noise.shape[1], noise.shape[2], len(s.timesteps)

@@ -200,7 +200,7 @@ class Inception(nn.Module):
                     x = halve(x)                                                    # [B, 64, 73, 73], [B, 192, 35, 35]
             for name, *_ in BLOCKS:
                 x = getattr(self, name)(x)
-                if name == "Mixed_6d":  # its first branch comes first: these are TensorFlow's mixed_6/conv, after ReLU
+                if name == "Mixed_6d":  # its channels 0 to 6 are of branch1x1: TensorFlow's mixed_6/conv, after ReLU
                     spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)               # [B, 17*17*7]
         pool = x.mean((2, 3))                                                       # [B, 2048], of 8x8 places
         return {"pool": pool, "spatial": spatial, "logits": self.fc(pool)}

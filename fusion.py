@@ -1,12 +1,14 @@
-"""Fusion: how the discrete codes of an image condition its continuous generator. D2C 4.3, Eq. 4 to 6; DisCon; MixAR.
+"""Fusion: how the discrete codes of an image condition its continuous generator. D2C (2503.17155) 4.3; DisCon; MixAR.
 
     Fusion(codes [B, L] or None, class_token [B, D], is_null [B]) -> Condition
 
 A Condition answers the three questions that the generator asks, whatever the fusion:
 
-    prefix   [B, P, D]          what stands in front of the latents, in encoder and decoder
+    prefix   [B, slots, D]      what stands in front of the latents, in encoder and decoder
     context  [B, L, D] or None  what every block's cross-attention reads
     masked   [B, L, D] or None  what is added to the mask token of each position, in the decoder
+
+The fusions, with P = GeneratorConfig.prefix class slots and L codes:
 
     none             MAR: P copies of the class token                                       (2406.11838)
     qformer          Q query tokens that have read all codes, then P - Q class tokens        (D2C)
@@ -16,10 +18,10 @@ A Condition answers the three questions that the generator asks, whatever the fu
     mask_tokens      P class tokens; the mask token of position i carries code i            (MixAR's DC-Mix, 2511.12181)
 
 Codes are embedded by the frozen table of the prior, plus a learned position (not in the paper, but without one
-attention would see a bag of codes), and projected to the generator's width: h_q = Linear(Embed(q)), Eq. 4. Where the
-class is null, so are the codes: one learned vector stands for all. DisCon's and MixAR's papers are less explicit than
-D2C's: they share this embedding here, so that the fusions differ in nothing but where the codes enter. generator.py
-calls this once a forward, once an image when sampling.
+attention would see a bag of codes), and projected to the generator's width: h_q = Linear(Embed(q) + position), Eq. 4.
+Where the class is null, so are the codes: one learned vector stands for all. DisCon's and MixAR's papers are less
+explicit than D2C's: they share this embedding here, so that the fusions differ in nothing but where the codes enter.
+generator.py calls this once a forward, once an image when sampling.
 """
 from typing import NamedTuple
 
@@ -37,7 +39,10 @@ class Condition(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- attention
 
 class Attention(nn.Module):
-    """Multi-head attention of rows x [B, T, D] over rows y [B, U, D], given as keys_values(y); no mask, all biases."""
+    """Multi-head attention of rows x [B, T, D] over rows y [B, U, D], given as keys_values(y).
+
+    No mask; every projection has a bias.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -118,8 +123,8 @@ class QFormer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- fusions
 
 class Fusion(nn.Module):
-    """`none`, and the base of the others. `slots` is the length of the prefix, known before any image is."""
-    reads_codes = False  # else a run needs a VQ tokenizer and a prior
+    """`none`, and the base of the others. slots: rows of Condition.prefix; class_slots: those with the class token."""
+    reads_codes = False  # True: a run also needs a VQ tokenizer and a prior
 
     def __init__(self, c):
         super().__init__()
@@ -153,7 +158,7 @@ class CodeFusion(Fusion):
     def copy_table(self, table):
         """Takes the prior's table [K, code_dim], scaled to unit variance.
 
-        As it comes its entries are some hundredths, and so would be keys and values: attention then starts out
+        As it comes its entries are a few hundredths, and keys and values as small: attention then starts out
         uniform over the codes and takes thousands of steps to find the one at its own position.
         """
         self.embedding.weight.data.copy_(table / table.std())
@@ -191,7 +196,7 @@ class CrossAttentionFusion(CodeFusion):
 
 
 class PrefixFusion(CodeFusion):
-    """The generator's own positions, of all prefix slots, come on top of those of the embedding."""
+    """A code gets two positions: the embedding's, and the one that the generator adds to each slot."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -202,7 +207,7 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds to the shared mask token where MixAR replaces it: the same functions, as the projection has a bias.
+    """Adds to the shared mask token where MixAR replaces it: which can express the same, as the projection has a bias.
 
     The encoder, which sees no masked position, sees no codes either.
     """

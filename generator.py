@@ -20,6 +20,7 @@ learned vector in the place of every code. train.py makes a tenth of the images 
 """
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # P, slots in front of the latents; Q-Former's queries take the place of some
+    prefix: int = 64           # class slots in front of the latents; Q-Former's queries take the place of some
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid
     classes: int = 1000
@@ -168,12 +169,14 @@ class Generator(nn.Module):
         z = self.run_decoder(encoded, positions, V, slice(0, self.cfg.grid**2), condition)
         return rows_at(z, positions.argsort(1))
 
-    def _visible_first(self, mask):
+    def _visible_first(self, mask, visible=None):
         """mask [B, L], equally many hidden per image -> positions [B, L], visible first, and the number visible."""
-        counts = (mask == 0).sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError("a mask must hide equally many tokens of each image")
-        return mask.argsort(dim=1, stable=True), int(counts[0])
+        if visible is None:
+            counts = (mask == 0).sum(1)
+            if (counts != counts[0]).any():
+                raise ValueError("a mask must hide equally many tokens of each image")
+            visible = int(counts[0])
+        return mask.byte().argsort(dim=1, stable=True), visible
 
     # ------------------------------------------------------------------------------------------------------- loss
 
@@ -181,15 +184,15 @@ class Generator(nn.Module):
         """Mean diffusion loss over hidden tokens and batch_mul = M draws of (t, noise). D2C Eq. 2.
 
         latents [B, L, C]; mask [B, L], 1 = hidden, equally many per image; t [M, B, L] int64; noise [M, B, L, C]:
-        drawn when None, for all L positions, of which the hidden ones are used. visible: their number per image, known
-        to the caller, spares the device a question. The head runs on hidden tokens only; same loss and gradient as
-        computing all and masking afterwards.
+        drawn when None, for all L positions, of which the hidden ones are used. visible: how many of an image's tokens
+        are not hidden; given, the host need not wait for the device to count. The head runs on hidden tokens only; same
+        loss and gradient as computing all and masking afterwards.
         """
         B, L, C = latents.shape
         if mask is None:
             visible = L - math.ceil(mask_ratio(float(torch.rand(()))) * L)
             mask = torch.rand(B, L, device=latents.device).argsort(1) >= visible
-        positions, V = self._visible_first(mask) if visible is None else (mask.argsort(dim=1, stable=True), visible)
+        positions, V = self._visible_first(mask, visible)
         condition = self.condition(classes, codes)
         encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], condition)
         z = self.run_decoder(encoded, positions, V, slice(V, L), condition)                      # [B, n, D], n = L - V
@@ -218,15 +221,19 @@ class Generator(nn.Module):
                  known=None, keep=None, watch=None):
         """classes [B], codes [B, L] (None for fusion none) -> latents [B, L, C]. MAR section 3.3.
 
-        cfg: guidance, its schedule linear (growing with what is visible) or constant; 1 leaves the null branch away,
-        and so do iterations whose guidance is below cfg_from. steps: of the head, a number or one for each iteration;
-        temperature, t_max: see DiffusionHead.sample. orders [B, L]: a permutation of the positions per image, walked
-        from its end (MAR keeps its first entries masked). noise: a list, one [steps+1, B*n, C] per iteration,
-        batch-major, then raster order of the n positions drawn. generator: a torch.Generator or a list of B. null:
-        null_condition(), to share between calls. progress: called after every iteration. known [B, L, C], keep [B, L]
-        bool, equally many per image: latents that stand from the start and stay as they are; the iterations share the
-        others. watch: called after every iteration with the latents [B, L, C] so far, zero where there is none. The
-        module must be in eval mode.
+        iterations           rounds in which all tokens are drawn; at most as many as tokens
+        steps                of the head: an int, or a list with one per iteration
+        cfg, schedule        guidance; linear (growing with what is visible) or constant; cfg 1: no null branch
+        cfg_from             nor in iterations whose guidance is below it
+        temperature, t_max   see DiffusionHead.sample
+        orders [B, L]        a permutation of the positions per image, walked from its end (MAR masks its first entries)
+        noise                a list, one [steps+1, B*n, C] per iteration: batch-major, then raster order of the n drawn
+        generator            a torch.Generator or a list of B
+        null                 null_condition(), to share between calls
+        known, keep          [B, L, C] and [B, L] bool, equally many per image: latents to start with, never redrawn
+        progress, watch      called after every iteration, watch with the latents so far, zero where there is none
+
+        In eval mode.
         """
         c, device = self.cfg, classes.device
         B, L = len(classes), c.grid**2
@@ -243,7 +250,7 @@ class Generator(nn.Module):
             orders = orders.gather(1, keep.gather(1, orders).byte().argsort(dim=1, stable=True))
         hidden = hidden_counts(L - K, iterations)                        # [m_0, ..., 0]: hidden after each iteration
         # Positions in the order of generation; within an iteration in raster order, which the rows of noise follow.
-        # Iteration k then sees the first L - hidden[k-1] positions and draws the next ones: slices, no indexing.
+        # Iteration k sees walk[:, :bounds[k]] and draws walk[:, bounds[k]:bounds[k + 1]]: slices, no indexing.
         bounds = [K] + [L - m for m in hidden]
         walk = orders.flip(1)
         walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)], dim=1)
@@ -266,8 +273,8 @@ class Generator(nn.Module):
             if noise is not None:
                 noise_k = noise[k]
             else:
-                shape = lambda b: (steps[k] + 1, b * (end - V), c.token_dim)
-                draw = lambda g, b: torch.randn(*shape(b), generator=g, device=g.device if g else device)
+                draw = lambda g, b: torch.randn(steps[k] + 1, b * (end - V), c.token_dim, generator=g,
+                                                device=g.device if g else device)
                 noise_k = per_image(generator, B, draw, dim=1).to(device)
             x = self.head.sample(z, z_null, scale, steps[k], temperature, noise_k, t_max=t_max)
             latents[:, V:end] = x.view(B, end - V, c.token_dim)
@@ -288,9 +295,8 @@ def joined(condition: Prepared, null: Prepared) -> Prepared:
 
 def mask_ratio(uniform):
     """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [0.7, 1], from uniform in [0, 1)."""
-    cdf = lambda x: 0.5 * (1 + math.erf((x - 1) / (0.25 * math.sqrt(2))))
-    p = cdf(0.7) + uniform * (cdf(1.0) - cdf(0.7))
-    return 1 + 0.25 * math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64, device="cpu")))
+    d = NormalDist(1, 0.25)
+    return d.inv_cdf(d.cdf(0.7) + uniform * (d.cdf(1.0) - d.cdf(0.7)))
 
 
 def hidden_counts(L, iterations):

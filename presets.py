@@ -65,8 +65,9 @@ SMALL = dict(ch=32, ch_mult=(1, 2, 2), blocks=1, unshuffle=2, linear_path=True)
 TINY = Preset(
     64, VQConfig(**SMALL, z_channels=32, codebook_size=512), KLConfig(**SMALL, z_channels=32, scale=1.0),
     PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8),
-    GeneratorConfig("cross_attention", dim=192, depth=3, heads=3, prefix=4, grid=8, head_depth=2, head_width=256,
-                    batch_mul=2, dropout=0.0, queries=2, qformer_width=192, qformer_layers=2, qformer_heads=3),
+    GeneratorConfig("cross_attention", dim=192, depth=3, heads=3, prefix=4, token_dim=32, grid=8, head_depth=2,
+                    head_width=256, batch_mul=2, dropout=0.0, queries=2, qformer_width=192, qformer_layers=2,
+                    qformer_heads=3),
     "ground_truth",
     (Recipe(32, 30, 8e-3, warmup=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, weight_decay=0.05, clip=1.0, ema=0.998),

@@ -60,7 +60,7 @@ def setup(device: str | None = None) -> World:
         if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
             raise UserError(f"there is no {device}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
         torch.cuda.set_device(torch.device(device))
-        torch.backends.cudnn.allow_tf32 = True  # convolutions of the tokenizers only; matrix products stay in full fp32
+        torch.backends.cudnn.allow_tf32 = True  # tokenizers' convolutions; products: see diffloss.tf32
     if ranks > 1 and not dist.is_initialized():
         # a long timeout: rank 0 writes files and measures while the others wait
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
@@ -86,7 +86,7 @@ def barrier():
 
 
 def all_mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks, of a tensor of any shape."""
+    """Mean over ranks of a tensor of any shape, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -139,7 +139,7 @@ def autocast(device: torch.device):
 def write_file(path: str, fill, kept: str | None = None):
     """fill(file) writes a binary file, which becomes `path` once it is whole: temporary file, fsync, rename.
 
-    kept: the name under which the file that was there stays. A kill at any moment leaves a whole file under one of the
+    kept: the new name of the file that was there. A kill at any moment leaves a whole file under one of the
     two names, and a temporary one at most, which `sweep` removes.
     """
     temporary = f"{path}.tmp{os.getpid()}"
@@ -182,8 +182,8 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
     """-> what the loop calls for the loss of `module` on several ranks, whose gradients are averaged in backward.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
-    its gradient, moments and EMA (FSDP2): modules of the types `parts` are put together while they compute, one after
-    the other, all else once a pass.
+    its gradient, moments and EMA (FSDP2): a module of one of the types `parts` is gathered only while it computes, all
+    else once a pass. ema: the averages, sharded alike.
     """
     if not shard:
         if world.size == 1:
@@ -204,7 +204,7 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
 
 
 def passes(module, last: bool):
-    """The context of a forward under `spread`: gradients travel in the last pass of a step only."""
+    """The context of a forward under `spread`: ranks average gradients in the last accumulated pass of a step only."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
@@ -275,7 +275,7 @@ class Pulse:
                 os._exit(1)
 
     def first_to_tell(self) -> bool:
-        """True for the first rank that asks, which then tells the user what is wrong; it ends all others."""
+        """Ends all ranks within a second; True for the first one that calls it, which tells the user why."""
         return self.store.add("told", 1) == 1
 
     def stop(self):
@@ -299,8 +299,8 @@ class Watch:
     patience = 10  # steps in a row that are not finite
 
     def __init__(self, world: World, skipped=0):
-        zero = lambda value=0: torch.tensor(float(value), device=world.device)
-        self.total, self.steps, self.skipped, self.row, self.longest = zero(), 0, zero(skipped), zero(), zero()
+        scalar = lambda value=0: torch.tensor(float(value), device=world.device)
+        self.total, self.steps, self.skipped, self.row, self.longest = scalar(), 0, scalar(skipped), scalar(), scalar()
         self.reported = skipped
         self.hosts = dist.new_group(backend="gloo") if world.size > 1 else None
         self.signal, self.answer = torch.zeros((), dtype=torch.long), None
@@ -308,7 +308,7 @@ class Watch:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        """The first signal is a wish, a second Ctrl-C an order, but for several ranks: torchrun repeats the first."""
+        """The first signal stops after the step, a second Ctrl-C at once, but not under torchrun, which repeats it."""
         if self.signal and number == signal.SIGINT and not self.hosts:
             raise KeyboardInterrupt
         self.signal.fill_(number)
@@ -379,7 +379,7 @@ def run_script(main):
             print(sentence, file=sys.stderr)
         code = 128 + number
     except BaseException as error:
-        if not dist.is_initialized():
+        if PULSE is None:
             raise
         if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # torchrun was quicker, and names it too

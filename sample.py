@@ -81,7 +81,7 @@ def load_run(path: str, device="cpu") -> Run:
     classes = generator.about.get("classes") or official_classes(path, generator.cfg.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
-    if "latent_scale" in generator.about:  # the scale it was trained with: the KL file's, unless that had none
+    if "latent_scale" in generator.about:  # of its training: the KL file's, or measured where that has none
         kl.cfg = replace(kl.cfg, scale=generator.about["latent_scale"])
     return run
 
@@ -298,7 +298,8 @@ def choose_sampling(args, run: Run) -> Sampling:
               (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
                f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
               (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
-              (s.prior_temperature > 0 <= s.temperature, "temperatures must be positive; see also --top-k 1"),
+              (s.prior_temperature > 0 and s.temperature >= 0,
+               "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
               (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
               (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
     for fine, text in checks:

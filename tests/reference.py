@@ -132,22 +132,21 @@ def prior_generate(model, classes, cfg, temperature, uniform):
     zeros = lambda: torch.zeros(shape, device=labels.device)
     caches = [(zeros(), zeros()) for _ in model.blocks]
     causal = torch.ones(L + 1, L + 1, dtype=torch.bool, device=labels.device).tril()
-    linear = lambda layer, x: F.linear(x, layer.weight)
     norm = lambda n, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * n.weight
     x, codes = model.class_embedding(labels)[:, None], []
     for i in range(L):
         at = torch.tensor([i], device=labels.device)
         for block, (keys, values) in zip(model.blocks, caches):
-            qkv = linear(block.wqkv, norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
+            qkv = block.wqkv(norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
             q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))                             # [2B, H, 1, D/H]
             q, keys[:, :, at], values[:, :, at] = rotate(q, model.rope[at]), rotate(k, model.rope[at]), v
             # LlamaGen repeats keys and values for grouped heads, once each here: a copy of the whole cache
             k, v = keys.repeat_interleave(1, dim=1), values.repeat_interleave(1, dim=1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal[at][None, None])
-            x = x + linear(block.wo, y.transpose(1, 2).flatten(2))
+            x = x + block.wo(y.transpose(1, 2).flatten(2))
             h = norm(block.ffn_norm, x)
-            x = x + linear(block.w2, F.silu(linear(block.w1, h)) * linear(block.w3, h))
-        cond, null = linear(model.output, norm(model.norm, x))[:, -1].float().chunk(2)
+            x = x + block.w2(F.silu(block.w1(h)) * block.w3(h))
+        cond, null = model.output(norm(model.norm, x))[:, -1].float().chunk(2)
         codes.append(draw((null + cfg * (cond - null)) / temperature, uniform[:, i]))
         x = model.code_embedding(torch.cat([codes[-1]] * 2))[:, None]
     return torch.stack(codes, dim=1)

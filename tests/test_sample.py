@@ -81,12 +81,35 @@ def test_every_setting_changes_the_picture(run):
     s = replace(run.sampling, iterations=4, steps=6, cfg=3.0)
     base = sample.generate(run, [0, 1, 2], sampling=s).images
     for name, value in dict(iterations=5, steps=7, cfg=2.0, schedule="constant", temperature=0.5, t_max=700,
-                            prior_cfg=8.0, prior_temperature=9.0, top_k=1, top_p=0.1).items():
+                            prior_cfg=8.0, prior_temperature=9.0, top_k=1, top_p=0.1, anneal="7:3",
+                            cfg_from=2.5).items():
         other = sample.generate(run, [0, 1, 2], sampling=replace(s, **{name: value})).images
         assert not torch.equal(other, base), name
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
+
+def test_annealed():
+    assert sample.annealed("50:5", 4) == [50, 35, 20, 5] and sample.annealed("9:9", 1) == [9]
+    with pytest.raises(UserError, match="50:5"):
+        sample.annealed("50", 4)
+
+
+def test_bf16(run, monkeypatch):
+    """What CUDA does, on the CPU: prior and generator in bf16, the head in fp32."""
+    shape, seen = sample.generate(run, [0, 1]).images.shape, {}
+    monkeypatch.setattr(sample, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(run, "null", None)
+    layers = {"prior": run.prior.blocks[0].wqkv, "generator": run.generator.decoder_blocks[0].qkv,
+              "head": run.generator.head.net.blocks[0].mlp[0]}
+    hooks = [layer.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.dtype}))
+             for name, layer in layers.items()]
+    images = sample.generate(run, [0, 1]).images
+    for hook in hooks:
+        hook.remove()
+    assert images.shape == shape and seen == {"prior": torch.bfloat16, "generator": torch.bfloat16,
+                                              "head": torch.float32}
+
 
 def test_class_by_id_and_by_name(run):
     for text in ("8", " 8 ", "cold ring", "Cold Ring", "cold_ring"):
