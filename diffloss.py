@@ -26,8 +26,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runtime import Linear
+
 T = 1000    # training timesteps
-ROWS = 512  # steps x tokens of one adaLN product in sampling, about: a row takes (3 * depth + 2) * width floats
+ROWS = 1024  # steps x tokens of one adaLN product in sampling, about: a row takes (3 * depth + 2) * width floats
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ def tf32():
 class HeadBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN.
 
-    y is time + condition. HeadNet.modulations applies the Linear, for all blocks at once, and hands in 1 + scale. As in
+    y is time + condition. HeadNet.modulations applies the Linear, for all blocks beforehand, and hands in 1 + scale. As in
     MAR this LayerNorm has weights of its own, the one before the output has none.
     """
 
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.modulation = nn.Linear(width, 3 * width)
 
     def forward(self, x, shift_scale_gate):
@@ -124,6 +126,7 @@ class HeadNet(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(c.width) for _ in range(c.depth))
         self.output_modulation = nn.Linear(c.width, 2 * c.width)
         self.output = nn.Linear(c.width, 2 * c.token_dim)
+        self.register_buffer("one", torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(c.width), persistent=False)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
@@ -139,22 +142,15 @@ class HeadNet(nn.Module):
         angles = t.float()[..., None] * freqs
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
-    def stacked(self):
-        """The adaLN projections of all blocks and the output as one weight and one bias: one product for depth + 1.
+    def modulations(self, y):
+        """y [..., width] -> one [..., 3 width] per block, then [..., 2 width]: from time and condition, not from x.
 
-        The 1 of 1 + scale goes into the bias here.
+        The 1 of 1 + scale is added to the bias here.
         """
-        linears = [b.modulation for b in self.blocks] + [self.output_modulation]
-        bias = torch.cat([m.bias for m in linears]).view(-1, linears[0].in_features)  # rows: shift, scale, gate, ...
-        one = torch.zeros_like(bias[:, :1])
-        one[1::3] = 1.0
-        return torch.cat([m.weight for m in linears]), (bias + one).flatten()
-
-    def modulations(self, y, stacked):
-        """y [..., width] -> one [..., 3 width] per block, then [..., 2 width]: from time and condition, not from x."""
-        width = y.shape[-1]
+        y = F.silu(y)
         with tf32():
-            return F.linear(F.silu(y), *stacked).split([3 * width] * len(self.blocks) + [2 * width], dim=-1)
+            return [F.linear(y, m.weight, m.bias + self.one[:len(m.bias)])
+                    for m in [*(b.modulation for b in self.blocks), self.output_modulation]]
 
     def body(self, x_t, modulations):
         x = self.input(x_t)                                                     # [N, width]
@@ -167,7 +163,7 @@ class HeadNet(nn.Module):
 
     def forward(self, x_t, t, z):
         """x_t [..., N, C], t [..., N] original timesteps 0..999, z [N, D] -> [..., N, 2C]."""
-        return self.body(x_t, self.modulations(self.embed_time(t) + self.cond(z), self.stacked()))
+        return self.body(x_t, self.modulations(self.embed_time(t) + self.cond(z)))
 
 
 # ------------------------------------------------------------------------------------------------ loss and sampler
@@ -242,13 +238,12 @@ class DiffusionHead(nn.Module):
             net, N, C, S = self.net, noise.shape[1], noise.shape[2], len(s.timesteps)
             times = net.embed_time(torch.stack([self.clock[t] for t in s.timesteps]))            # [S, width]
             cond = net.cond(z)                                                                   # [N or 2N, width]
-            stacked = net.stacked()
             together = max(1, ROWS // len(z))                                                    # steps per product
             x = noise[0]
             for k, i in enumerate(reversed(range(S))):
                 if k % together == 0:
                     first = max(0, i + 1 - together)
-                    modulations = net.modulations(times[first:i + 1, None] + cond, stacked)      # each [steps, rows, .]
+                    modulations = net.modulations(times[first:i + 1, None] + cond)               # each [steps, rows, .]
                 both = x.repeat(len(z) // N, 1)  # both branches see the same x
                 out = net.body(both, [m[i - first] for m in modulations])                        # = net(both, t, z)
                 eps, v = out[:N].chunk(2, dim=-1)

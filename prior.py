@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runtime import Linear
+
 
 @dataclass(frozen=True)
 class PriorConfig:
@@ -88,11 +90,11 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.dropout = c.heads, c.dropout
         self.attention_norm, self.ffn_norm = RMSNorm(c.dim), RMSNorm(c.dim)
-        self.wqkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
-        self.wo = nn.Linear(c.dim, c.dim, bias=False)
-        self.w1 = nn.Linear(c.dim, c.hidden, bias=False)
-        self.w3 = nn.Linear(c.dim, c.hidden, bias=False)
-        self.w2 = nn.Linear(c.hidden, c.dim, bias=False)
+        self.wqkv = Linear(c.dim, 3 * c.dim, bias=False)
+        self.wo = Linear(c.dim, c.dim, bias=False)
+        self.w1 = Linear(c.dim, c.hidden, bias=False)
+        self.w3 = Linear(c.dim, c.hidden, bias=False)
+        self.w2 = Linear(c.hidden, c.dim, bias=False)
 
     def attend(self, x, table, cache=None, start=0):
         B, T, D = x.shape
@@ -120,7 +122,7 @@ class Prior(nn.Module):
         self.code_embedding = nn.Embedding(c.vocab, c.dim)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim)
-        self.output = nn.Linear(c.dim, c.vocab, bias=False)
+        self.output = Linear(c.dim, c.vocab, bias=False)
         self.register_buffer("rope", rope_table(c.grid, c.dim // c.heads), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:

@@ -134,6 +134,27 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
+class Linear(torch.nn.Linear):
+    """The same product x W^T + b, for few rows on a CPU in the order that suits its library, 1.2 to 2 times as fast.
+
+    The steps of a prior and of a head have 2 rows an image. For a product of so few the library first copies all of W
+    to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32 parts as a batch.
+    """
+
+    def forward(self, x):
+        rows = x.shape[:-1].numel()
+        if not (x.is_cpu and 3 <= rows <= 48 and self.weight.numel() >= 2**19 and self.out_features % 32 == 0):
+            return super().forward(x)
+        flat = x.reshape(rows, -1)
+        if rows > 8:
+            y = (self.weight @ flat.T).T.contiguous()
+        else:
+            y = flat @ self.weight.view(32, -1, self.in_features).mT                     # [32, rows, out/32]
+            y = y.transpose(0, 1).reshape(rows, -1)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 def write_file(path: str, fill, kept: str | None = None):

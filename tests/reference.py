@@ -33,7 +33,9 @@ def head_net(net, x_t, t, z):
     x = net.input(x_t)
     for block in net.blocks:
         shift, scale, gate = block.modulation(F.silu(y)).chunk(3, dim=-1)
-        x = x + gate * block.mlp(block.norm(x) * (1 + scale) + shift)
+        first, _, second = block.mlp
+        h = F.silu(F.linear(block.norm(x) * (1 + scale) + shift, first.weight, first.bias))
+        x = x + gate * F.linear(h, second.weight, second.bias)
     shift, scale = net.output_modulation(F.silu(y)).chunk(2, dim=-1)
     return net.output(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
@@ -137,16 +139,16 @@ def prior_generate(model, classes, cfg, temperature, uniform):
     for i in range(L):
         at = torch.tensor([i], device=labels.device)
         for block, (keys, values) in zip(model.blocks, caches):
-            qkv = block.wqkv(norm(block.attention_norm, x)).view(2 * B, 1, 3, H, -1)
+            qkv = F.linear(norm(block.attention_norm, x), block.wqkv.weight).view(2 * B, 1, 3, H, -1)
             q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))                             # [2B, H, 1, D/H]
             q, keys[:, :, at], values[:, :, at] = rotate(q, model.rope[at]), rotate(k, model.rope[at]), v
             # LlamaGen repeats keys and values for grouped heads, once each here: a copy of the whole cache
             k, v = keys.repeat_interleave(1, dim=1), values.repeat_interleave(1, dim=1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal[at][None, None])
-            x = x + block.wo(y.transpose(1, 2).flatten(2))
+            x = x + F.linear(y.transpose(1, 2).flatten(2), block.wo.weight)
             h = norm(block.ffn_norm, x)
-            x = x + block.w2(F.silu(block.w1(h)) * block.w3(h))
-        cond, null = model.output(norm(model.norm, x))[:, -1].float().chunk(2)
+            x = x + F.linear(F.silu(F.linear(h, block.w1.weight)) * F.linear(h, block.w3.weight), block.w2.weight)
+        cond, null = F.linear(norm(model.norm, x), model.output.weight)[:, -1].float().chunk(2)
         codes.append(draw((null + cfg * (cond - null)) / temperature, uniform[:, i]))
         x = model.code_embedding(torch.cat([codes[-1]] * 2))[:, None]
     return torch.stack(codes, dim=1)

@@ -141,7 +141,7 @@ class ExactNet(nn.Module):
         super().__init__()
         self.x0 = x0
         self.embed_time, self.cond = lambda t: t[:, None], lambda z: torch.zeros(len(z), 1)
-        self.stacked, self.modulations = lambda: None, lambda y, stacked: [y]
+        self.modulations = lambda y: [y]
 
     def body(self, x_t, modulations):
         abar = torch.tensor([alpha_bar(int(t)) for t in modulations[0]]).float()[:, None]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import prior
 import reference
 from prior import Prior, PriorConfig, draw, filter_logits, rope_table, rotate
+from runtime import Linear
 from test_diffloss import on_meta, wake
 
 CONFIG = PriorConfig(dim=32, layers=2, heads=2, vocab=40, grid=4, classes=5)
@@ -218,3 +219,19 @@ def test_filters():
     assert kept(top_p=0.3) == [False, True, False, False]
     assert kept(top_p=0.65) == kept(top_p=0.5) == [False, True, False, True]  # who carries the sum over p stays
     assert kept(top_p=0.75) == [False, True, True, True]
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_products_of_few_rows(bias):
+    """runtime.Linear: each order of work gives what nn.Linear gives, values and gradients."""
+    torch.manual_seed(0)
+    ours = Linear(1024, 512, bias=bias)
+    for shape in ((2,), (3,), (8, 1), (9,), (4, 6), (48, 1), (49,)):
+        x = torch.randn(*shape, 1024, requires_grad=True)
+        y, want = ours(x), F.linear(x, ours.weight, ours.bias)
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+        assert y.is_contiguous()
+        weights = torch.randn_like(y)
+        for mine, its in zip(torch.autograd.grad(y, [x, *ours.parameters()], weights),
+                             torch.autograd.grad(want, [x, *ours.parameters()], weights)):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
