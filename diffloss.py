@@ -102,8 +102,8 @@ def tf32():
 class HeadBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN.
 
-    y is time + condition. HeadNet.modulations applies the Linear, for all blocks beforehand, and hands in 1 + scale. As in
-    MAR this LayerNorm has weights of its own, the one before the output has none.
+    y is time + condition. HeadNet.modulations applies the Linear beforehand, for several steps at once, and hands in
+    1 + scale. As in MAR this LayerNorm has weights of its own, the one before the output has none.
     """
 
     def __init__(self, width):

@@ -98,13 +98,14 @@ class MapperLayer(nn.Module):
 class QFormer(nn.Module):
     """h_q [B, L, D] -> queries [B, Q, D]. D2C Eq. 6. GILL's mapper (2305.17216): encoder-decoder, learned queries.
 
-    LayerNorm (eps 1e-5) and queries (normal(1)) follow GILL.
+    LayerNorm (eps 1e-5) and queries (normal(1)) follow GILL. encoder=False: the queries read the codes as they are,
+    the decoder alone that D2C's Table 3 compares.
     """
 
-    def __init__(self, dim, queries, width, layers, heads):
+    def __init__(self, dim, queries, width, layers, heads, encoder=True):
         super().__init__()
         self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
-        self.encoder = nn.ModuleList(MapperLayer(width, heads, reads=False) for _ in range(layers))
+        self.encoder = nn.ModuleList(MapperLayer(width, heads, reads=False) for _ in range(layers if encoder else 0))
         self.decoder = nn.ModuleList(MapperLayer(width, heads, reads=True) for _ in range(layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(1, queries, width))
@@ -176,7 +177,7 @@ class QFormerFusion(CodeFusion):
         if c.queries > c.prefix:
             raise ValueError(f"{c.queries} queries do not fit into {c.prefix} prefix slots")
         self.class_slots -= c.queries
-        self.qformer = QFormer(c.dim, c.queries, c.qformer_width, c.qformer_layers, c.qformer_heads)
+        self.qformer = QFormer(c.dim, c.queries, c.qformer_width, c.qformer_layers, c.qformer_heads, c.qformer_encoder)
 
     def forward(self, codes, class_token, is_null):
         queries = self.qformer(self.embed(codes, is_null))

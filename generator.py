@@ -50,8 +50,9 @@ class GeneratorConfig:
     code_dim: int = 768
     queries: int = 16          # Q, and the size of the Q-Former
     qformer_width: int = 512
-    qformer_layers: int = 4
+    qformer_layers: int = 4    # of its decoder, and again as many of its encoder if it has one
     qformer_heads: int = 4
+    qformer_encoder: bool = True
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -63,10 +64,35 @@ def setup(device: str | None = None) -> World:
         torch.backends.cudnn.allow_tf32 = True  # tokenizers' convolutions; products: see diffloss.tf32
     if ranks > 1 and not dist.is_initialized():
         # a long timeout: rank 0 writes files and measures while the others wait
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        rank, store = meet()
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+                                world_size=ranks, timeout=timedelta(hours=2))
         global PULSE
         PULSE = Pulse(dist.get_rank(), ranks)
     return World(torch.device(device), dist.get_rank() if ranks > 1 else 0, ranks)
+
+
+def meet():
+    """-> this process's rank, and the store by which the ranks find each other, empty.
+
+    torchrun keeps one store for all restarts (PyTorch 2.13), and a rank that reads what a dead one has written there
+    waits for it. So rank 0 draws a name for the keys of this start, and tells it to whom has asked in this start: a
+    question is a key that was never used before.
+    """
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"question of {rank}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.set(f"{name} is known to {rank}", "")
+    waiting = set(range(1, ranks)) if rank == 0 else ()
+    while waiting:
+        for r in waiting:
+            if store.check([f"question of {r}"]):  # by this start's rank r, or still by one that is dead
+                store.set(f"answer to {store.get(f'question of {r}').decode()}", name)
+        waiting = {r for r in waiting if not store.check([f"{name} is known to {r}"])}
+        time.sleep(0.01)
+    return rank, dist.PrefixStore(name, store)
 
 
 def is_first() -> bool:

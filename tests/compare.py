@@ -1,27 +1,32 @@
-"""The fusions side by side: the two tables in README.md.
+"""The fusions side by side: the tables in README.md.
 
-    python tests/compare.py            # parameters and FLOPs of preset d2c-b with each fusion; some minutes
-    python tests/compare.py OUT        # the same budget for all: 39 runs of 250 steps; run again, it goes on
+    python tests/compare.py                             # parameters and FLOPs of preset d2c-b with each fusion; minutes
+    python tests/compare.py OUT                         # toy pictures, 250 steps each: 39 runs; run again, it goes on
+    python tests/compare.py OUT RUN CACHE PICTURES      # photographs, equal CPU time: RUN's tokenizers and prior, the
+                                                        # cache made with them, a folder of pictures not in it
 
-The second makes OUT/images (2,000 toy pictures), one pair of tokenizers and one prior of preset toy, then trains a
-generator for each fusion, condition and seed. All see as many pictures, and are measured on 500 others:
+The second makes OUT/images (2,000 toy pictures), one pair of tokenizers and one prior of preset toy. Both then train a
+generator for each row and seed, and measure it on held-out pictures:
 
     true, drawn   diffusion loss given the true codes, and given codes drawn by the prior given the true past
     shuffled      diffusion loss given the codes of another picture
-    frechet       distance of 500 samples, codes from the prior, to the 500 pictures: Gaussians over the 64 main
+    frechet       distance of as many samples, codes from the prior, to these pictures: Gaussians over the 64 main
                   components of their pixels. Codes and noise of the samples are the same in all runs.
+    steps, cpu    steps that were trained, and CPU seconds a sample took, prior and decoder included
 """
-import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
@@ -33,11 +38,27 @@ from fid import frechet_distance
 from fusion import FUSIONS
 from generator import Generator, mask_ratio
 from presets import PRESETS
-from runtime import rng
+from runtime import rng, run_script
 from test_diffloss import on_meta
+from train import main as train
 
-CONDITIONS = ("ground_truth", "teacher_forced", "mixed:0.5")
-SEEDS, TESTED = (0, 1, 2), 500
+SEEDS, SECONDS = (0, 1, 2), 120  # CPU time of a training on photographs
+# Rows of the tables: preset, fusion, condition.
+TRUE, READING = "ground_truth", [name for name, fusion in FUSIONS.items() if fusion.reads_codes]
+TOYS = [("toy", "none", TRUE)] + [("toy", fusion, condition) for fusion in READING
+                                  for condition in (TRUE, "teacher_forced", "mixed:0.5")]
+# Photographs: the tokens of preset tiny, and a generator that learns something from them in minutes.
+g = replace(PRESETS["tiny"].generator, dim=128, depth=2, heads=4, prefix=8, head_width=192, queries=4,
+            qformer_width=128, qformer_heads=4)
+small = lambda **changes: replace(
+    PRESETS["tiny"], generator=replace(g, **changes), recipes=(*PRESETS["tiny"].recipes[:2], replace(
+        PRESETS["tiny"].recipes[2], batch=32, lr=6.4e-3, warmup=0.1, ema=0.99)),
+    sampling=replace(PRESETS["tiny"].sampling, iterations=16, steps=25))
+PRESETS.update({"small": small(), "small, 1 query": small(queries=1), "small, 8 queries": small(queries=8),
+                "small, decoder only": small(qformer_encoder=False)})
+PHOTOGRAPHS = [("small", fusion, TRUE) for fusion in FUSIONS]
+PHOTOGRAPHS += [("small", "cross_attention", condition) for condition in ("teacher_forced", "mixed:0.5")]
+PHOTOGRAPHS += [(preset, "qformer", TRUE) for preset in PRESETS if preset.startswith("small, ")]
 
 
 def sizes():
@@ -59,7 +80,9 @@ def sizes():
 
 
 def script(name, *args):
-    subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)], check=True)
+    code = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)]).returncode
+    if code not in (0, 128 + signal.SIGTERM):
+        sys.exit(code)
 
 
 def frechet(a, b):
@@ -71,28 +94,35 @@ def frechet(a, b):
 
 
 @torch.inference_mode()
-def measure(run, tokens, images):
-    """A run, and the held-out pictures with what `tokenised` makes of them -> its numbers."""
-    codes, drawn, latents, classes, g = *tokens, rng("cpu", "compare")
-    losses, L = [], codes.shape[1]
-    for part in torch.arange(TESTED).split(100):
+def measure(path, tokens, images):
+    """A run, the held-out pictures, and what `tokenised` makes of them -> its numbers; samples go to path/pictures."""
+    run, (codes, drawn, latents, classes), g = sample.load_run(path), tokens, rng("cpu", "compare")
+    losses, parts = [], torch.arange(len(images)).split(100)
+    for part in parts:
         # hidden as in training; masks, t and noise are the same for all runs
-        hidden = torch.rand(100, L, generator=g).argsort(1) < mask_ratio(float(torch.rand((), generator=g))) * L
-        t, noise = torch.randint(1000, (4, 100, L), generator=g), torch.randn(4, 100, L, latents.shape[2], generator=g)
-        losses.append([float(run.generator.loss(latents[part], classes[part], c[part], hidden, t, noise))
+        n, L, C = latents[part].shape
+        hidden = torch.rand(n, L, generator=g).argsort(1) < mask_ratio(float(torch.rand((), generator=g))) * L
+        t, noise = torch.randint(1000, (4, n, L), generator=g), torch.randn(4, n, L, C, generator=g)
+        losses.append([len(part) * float(run.generator.loss(latents[part], classes[part], c[part], hidden, t, noise))
                        for c in (codes, drawn, codes.roll(1, 0))])
-    pictures = torch.cat([sample.generate(run, classes[part], indices=part.tolist()).images
-                          for part in torch.arange(TESTED).split(100)])
-    return dict(zip(("true", "drawn", "shuffled"), np.mean(losses, axis=0)), frechet=frechet(pictures, images))
+    start = time.process_time()
+    pictures = torch.cat([sample.generate(run, classes[part], indices=part.tolist()).images for part in parts])
+    cpu = time.process_time() - start
+    for i, (k, picture) in enumerate(zip(classes.tolist(), pictures)):
+        sample.save_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()),
+                            f"{path}/pictures/{run.classes[k][0]}/{i:06}.png")
+    return dict(zip(("true", "drawn", "shuffled"), np.sum(losses, axis=0) / len(images)), cpu=cpu / len(images),
+                frechet=frechet(pictures, images), steps=run.generator.about["step"])
 
 
 @torch.inference_mode()
-def tokenised(base, images):
-    """Held-out pictures [N, 3, H, W], classes in turn -> codes, codes by the prior, latents, classes. Prints limits."""
+def tokenised(base, images, classes):
+    """Held-out pictures [N, 3, H, W] -> codes, codes by the prior, latents, classes. Prints limits."""
     vq, kl, prior = (checkpoints.load_model(f"{base}/{kind}.pt", kind) for kind in ("vq", "kl", "prior"))
-    x, classes, g = data.to_float(images.numpy()), torch.arange(TESTED) % 10, rng("cpu", "tokens")
+    x, g = data.to_float(images.numpy()), rng("cpu", "tokens")
     codes, latents = vq.encode(x), kl.sample(kl.encode(x), generator=g)
-    s, generators = PRESETS["toy"].sampling, [rng("cpu", "sample", 0, i) for i in range(TESTED)]
+    s = PRESETS[prior.about["preset"]].sampling
+    generators = [rng("cpu", "sample", 0, i) for i in range(len(images))]
     sampled = prior.generate(classes, s.prior_cfg, s.prior_temperature, generator=generators)
     for name, decoded in (("the pictures' own latents", kl.decode(latents)), ("their own codes", vq.decode(codes)),
                           ("codes from the prior", vq.decode(sampled))):
@@ -100,38 +130,70 @@ def tokenised(base, images):
     return codes, prior.resample(codes, classes, torch.rand(codes.shape, generator=g)), latents, classes
 
 
-def main(out):
+def toys(out):
+    """-> tokenizers and prior, their cache, and 500 pictures with classes."""
     base, cache = f"{out}/base", f"{out}/cache"
-    train = lambda stage, source, run, *more: script("train", "--stage", stage, "--preset", "toy", "--data", source,
-                                                     "--run", run, "--grid-every", 0, *more)
+    how = "--preset", "toy", "--run", base, "--grid-every", 0
     if not os.path.exists(f"{base}/prior.pt"):
         script("data", "--toy", 2000, "--out", f"{out}/images")
-        train(0, f"{out}/images", base, "--steps", 600)
+        script("train", "--stage", 0, "--data", f"{out}/images", "--steps", 600, *how)
         script("data", "--images", f"{out}/images", "--run", base, "--out", cache)
-        train(1, cache, base, "--steps", 1500)
-    # those of the training have seed 0
-    pictures = [data.center_crop(data.toy_picture(i % 10, np.random.default_rng((1, i))), 32) for i in range(TESTED)]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    tokens, table = tokenised(base, images), {}
-    for seed, fusion, condition in itertools.product(SEEDS, FUSIONS, CONDITIONS):
-        if condition != CONDITIONS[0] and not FUSIONS[fusion].reads_codes:
-            continue
-        path = f"{out}/{fusion}-{condition.replace(':', '-')}-{seed}"
-        if not os.path.exists(f"{path}/result.json"):
-            os.makedirs(path, exist_ok=True)
-            for kind in ("vq", "kl", "prior"):
-                shutil.copy(f"{base}/{kind}.pt", path)
-            train(2, cache, path, "--fusion", fusion, "--condition", condition, "--steps", 250, "--batch", 32,
-                  "--seed", seed)
-            Path(f"{path}/result.json").write_text(json.dumps(measure(sample.load_run(path), tokens, images)))
-        table.setdefault((fusion, condition), []).append(json.loads(Path(f"{path}/result.json").read_text()))
-    names = table["none", CONDITIONS[0]][0]
-    print(f"| fusion | condition | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
-    for (fusion, condition), results in table.items():
-        values = [[r[name] for r in results] for name in names]
+        script("train", "--stage", 1, "--data", cache, "--steps", 1500, *how)
+    classes = torch.arange(500) % 10  # seed 1: those of the training have seed 0
+    pictures = [data.toy_picture(int(k), np.random.default_rng((1, i))) for i, k in enumerate(classes)]
+    return base, cache, pictures, classes
+
+
+def photographs(folder):
+    """Pictures of a folder and their classes, equally many of each."""
+    paths, labels, _ = data.find_images(folder)
+    labels = np.array(labels)
+    count = np.bincount(labels).min()
+    chosen = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
+    return [Image.open(f"{folder}/{paths[i]}").convert("RGB") for i in chosen], torch.tensor(labels[chosen])
+
+
+def main(out, base=None, cache=None, folder=None):
+    if toy := base is None:
+        base, cache, pictures, classes = toys(out)
+        rows, budget, columns = TOYS, ("--steps", 250, "--batch", 32), ("true", "drawn", "shuffled", "frechet")
+    else:
+        pictures, classes = photographs(folder)
+        rows, budget, columns = PHOTOGRAPHS, (), ("true", "drawn", "shuffled", "frechet", "steps", "cpu")
+    size = PRESETS[rows[0][0]].image_size
+    images = torch.from_numpy(np.stack([data.center_crop(p, size) for p in pictures])).permute(0, 3, 1, 2)
+    tokens, table = tokenised(base, images, classes), {}
+    for seed in SEEDS:
+        for row in rows:
+            preset, fusion, condition = row
+            path = f"{out}/{preset.replace(', ', '-').replace(' ', '-')}-{fusion}-{condition.replace(':', '-')}-{seed}"
+            if not os.path.exists(f"{path}/result.json"):
+                shutil.rmtree(path, ignore_errors=True)  # a training that was stopped would get more time
+                os.makedirs(path)
+                for kind in ("vq", "kl", "prior"):
+                    shutil.copy(f"{base}/{kind}.pt", path)
+                script("tests/compare", "train", 0 if toy else SECONDS, "--stage", 2, "--preset", preset,
+                       "--data", cache, "--run", path, "--fusion", fusion, "--condition", condition, "--seed", seed,
+                       "--grid-every", 0, *budget)
+                Path(f"{path}/result.json").write_text(json.dumps(measure(path, tokens, images)))
+            table.setdefault(row, []).append(json.loads(Path(f"{path}/result.json").read_text()))
+            print(row, seed, table[row][-1], flush=True)
+    print(f"| preset | fusion | condition | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}")
+    for row, results in table.items():
+        values = [[r[name] for r in results] for name in columns]
         cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in values]
-        print(f"| {fusion} | {condition} | {' | '.join(cells)} |")
+        print(f"| {' | '.join([*row, *cells])} |")
+
+
+def train_for(seconds, *args):
+    """train.py, for that much CPU time if it is not 0: then what a cluster sends, SIGTERM, on which it saves."""
+    signal.signal(signal.SIGPROF, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_PROF, float(seconds))
+    sys.argv = ["train.py", *args]
+    run_script(train)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1]) if sys.argv[1:] else sizes()
+    if sys.argv[1:2] == ["train"]:
+        train_for(*sys.argv[2:])
+    main(*sys.argv[1:]) if sys.argv[1:] else sizes()

@@ -13,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,10 +23,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import checkpoints
 import data
+import runtime
 import sample
 from conftest import ROOT, run_in_process
 from runtime import UserError
@@ -213,6 +217,24 @@ def test_ranks_agree_and_a_dead_one_is_named():
     said = ranks[0].communicate(timeout=60)[1]
     assert ranks[0].returncode == 1 and time.monotonic() - start < 60
     assert "agreed" in said and "rank 1 has shown no sign of life" in said and "Traceback" not in said, said
+
+
+def test_restarted_ranks_meet_without_traces_of_dead_ones(monkeypatch):
+    """Three starts on one store, as torchrun keeps it, the last after a rank died while it waited for an answer."""
+    common, place = dist.HashStore(), threading.local()
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(common, place.rank, 3)]))
+
+    def meet(rank):
+        place.rank = rank
+        return runtime.meet()
+
+    for start in range(3):
+        with ThreadPoolExecutor(3) as ranks:
+            met = list(ranks.map(meet, range(3)))
+        assert [rank for rank, _ in met] == [0, 1, 2] and not any(store.check(["address"]) for _, store in met)
+        met[start][1].set("address", f"of start {start}")
+        assert all(store.get("address") == f"of start {start}".encode() for _, store in met)
+        common.set("question of 1", "its last words")
 
 
 def test_sharded_ranks_have_the_same_curve_and_files(toy, copy_run, works, two_ranks, undisturbed):

@@ -484,11 +484,17 @@ def test_two_ranks_give_the_same_figures(drawn, golden, weights, works, two_rank
     of the reference the second rank sees none."""
     np.savez(tmp_path / "reference.npz", arr_0=golden["images_32"].numpy())
     command = (drawn / "x", tmp_path / "reference.npz", "--inception", weights, "--metrics", "is,pr,fid", "--batch", 10)
+    saved = lambda name: (drawn / "x", "--save", tmp_path / name, "--inception", weights, "--batch", 10)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two ranks have: the number moves the eighth digit
     works("fid", *command, "--out", tmp_path / "one.json")
+    works("fid", *saved("one.npz"))
     torch.set_num_threads(threads)
     two_ranks("fid", *command, "--out", tmp_path / "two.json")
+    two_ranks("fid", *saved("two.npz"))
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    for name in ("mu", "sigma"):
+        assert abs(two[name] - one[name]).max() < 1e-10 * abs(one[name]).max() > 0
     one, two = figures(tmp_path / "one.json"), figures(tmp_path / "two.json")
     assert two == pytest.approx(one, rel=1e-9) and one["gfid"] > 1 and one["is"] > 1 and len(one) == 5
     assert result(tmp_path / "two.json")["ranks"] == 2

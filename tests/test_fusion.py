@@ -122,6 +122,21 @@ def test_qformer_reads_all_codes_into_different_queries(batch):
     assert h.grad[0].abs().amax(-1).min() > 0
 
 
+def test_qformer_without_its_encoder(batch):
+    """D2C's Table 3: as many queries that read the codes, of their neighbours independent, by the decoder alone."""
+    torch.manual_seed(0)
+    whole = make_fusion(config("qformer")).qformer
+    model = wake(make_fusion(config("qformer", qformer_encoder=False))).qformer
+    assert len(whole.encoder) == len(model.decoder) == 2 and len(model.encoder) == 0
+    h = torch.randn(1, L, D, requires_grad=True)
+    queries = model(h)
+    assert queries.shape == (1, 2, D)
+    queries.sum().backward()
+    assert (h.grad.abs().sum(-1) > 0).all()  # each code is read
+    shuffled = torch.randperm(L)
+    torch.testing.assert_close(model(h[:, shuffled]), queries)  # and nothing but its value, of which position is a part
+
+
 def test_cross_attention():
     """x + softmax(q k / sqrt(d)) v per head, by hand; each row on its own."""
     layer = wake(make("cross_attention").make_cross_attention())
