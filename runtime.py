@@ -75,9 +75,9 @@ def setup(device: str | None = None) -> World:
 def meet():
     """-> this process's rank, and the store by which the ranks find each other, empty.
 
-    torchrun keeps one store for all restarts (PyTorch 2.13), and a rank that reads what a dead one has written there
-    waits for it. So rank 0 draws a name for the keys of this start, and tells it to whom has asked in this start: a
-    question is a key that was never used before.
+    torchrun keeps one store for all restarts (PyTorch 2.13), and a rank that reads the address of a dead one there
+    waits for it. So rank 0 draws a name for the keys of this start, and the others ask for it, each with a word of its
+    own, to which no dead rank can have written the answer.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
     name = uuid.uuid4().hex
@@ -163,8 +163,9 @@ def autocast(device: torch.device):
 class Linear(torch.nn.Linear):
     """The same product x W^T + b, for few rows on a CPU in the order that suits its library, 1.2 to 2 times as fast.
 
-    The steps of a prior and of a head have 2 rows an image. For a product of so few the library first copies all of W
-    to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32 parts as a batch.
+    A step of a prior or a head has two rows, with guidance, for each code or token it draws. For a product of so few
+    the library first copies all of W to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32
+    parts as a batch.
     """
 
     def forward(self, x):
