@@ -373,11 +373,16 @@ def main():
                    data=stage.data.identity)
     if len(set(getattr(stage, "true_share", ()))) > 1:  # a share that falls with the step depends on their number
         configs["steps"] = steps
+
+    def saved(k):  # a field that a config did not have yet had its default
+        value = state["configs"].get(k)
+        return {**asdict(type(stage.trained[k].cfg)()), **value} if isinstance(value, dict) else value
+
     if state is None:
         stage.start()
     elif state.get("kind") != f"train-{args.stage}":
         raise UserError(f"{state_path} is no training state of stage {args.stage}; remove it or choose another --run.")
-    elif changed := [k for k in configs if state["configs"].get(k) != configs[k]]:
+    elif changed := [k for k in configs if saved(k) != configs[k]]:
         raise UserError(f"{state_path} was trained with other settings ({', '.join(changed)}); choose another --run.")
     stage.to(world.device)
     if state is not None:

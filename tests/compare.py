@@ -53,7 +53,7 @@ g = replace(PRESETS["tiny"].generator, dim=128, depth=2, heads=4, prefix=8, head
 small = lambda **changes: replace(
     PRESETS["tiny"], generator=replace(g, **changes), recipes=(*PRESETS["tiny"].recipes[:2], replace(
         PRESETS["tiny"].recipes[2], batch=32, lr=6.4e-3, warmup=0.1, ema=0.99)),
-    sampling=replace(PRESETS["tiny"].sampling, iterations=16, steps=25))
+    sampling=replace(PRESETS["tiny"].sampling, iterations=16, steps=25, cfg=4.0, prior_cfg=3.0))
 PRESETS.update({"small": small(), "small, 1 query": small(queries=1), "small, 8 queries": small(queries=8),
                 "small, decoder only": small(qformer_encoder=False)})
 PHOTOGRAPHS = [("small", fusion, TRUE) for fusion in FUSIONS]
@@ -116,12 +116,11 @@ def measure(path, tokens, images):
 
 
 @torch.inference_mode()
-def tokenised(base, images, classes):
-    """Held-out pictures [N, 3, H, W] -> codes, codes by the prior, latents, classes. Prints limits."""
+def tokenised(base, images, classes, s):
+    """Held-out pictures [N, 3, H, W], Sampling -> codes, codes by the prior, latents, classes. Prints limits."""
     vq, kl, prior = (checkpoints.load_model(f"{base}/{kind}.pt", kind) for kind in ("vq", "kl", "prior"))
     x, g = data.to_float(images.numpy()), rng("cpu", "tokens")
     codes, latents = vq.encode(x), kl.sample(kl.encode(x), generator=g)
-    s = PRESETS[prior.about["preset"]].sampling
     generators = [rng("cpu", "sample", 0, i) for i in range(len(images))]
     sampled = prior.generate(classes, s.prior_cfg, s.prior_temperature, generator=generators)
     for name, decoded in (("the pictures' own latents", kl.decode(latents)), ("their own codes", vq.decode(codes)),
@@ -160,9 +159,9 @@ def main(out, base=None, cache=None, folder=None):
     else:
         pictures, classes = photographs(folder)
         rows, budget, columns = PHOTOGRAPHS, (), ("true", "drawn", "shuffled", "frechet", "steps", "cpu")
-    size = PRESETS[rows[0][0]].image_size
-    images = torch.from_numpy(np.stack([data.center_crop(p, size) for p in pictures])).permute(0, 3, 1, 2)
-    tokens, table = tokenised(base, images, classes), {}
+    preset = PRESETS[rows[0][0]]
+    images = torch.from_numpy(np.stack([data.center_crop(p, preset.image_size) for p in pictures])).permute(0, 3, 1, 2)
+    tokens, table = tokenised(base, images, classes, preset.sampling), {}
     for seed in SEEDS:
         for row in rows:
             preset, fusion, condition = row

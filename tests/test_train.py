@@ -153,6 +153,16 @@ def test_other_settings_do_not_resume(toy, five_steps, script):
         assert result.code == 1 and re.search(rf"trained with other settings \(.*{word}", result.err), result.err
 
 
+def test_state_from_before_a_setting_existed_resumes(toy, copy_run, works):
+    run = copy_run("vq", "kl", "prior")
+    works(*command(toy, 2, run, 2))
+    path = f"{run}/train-2.pt"
+    state = {k: v for k, v in checkpoints.read(path).items() if k != "checksum"}
+    assert state["configs"]["generator"].pop("qformer_encoder") is True
+    checkpoints.write(path, state)
+    assert "at step 2" in works(*command(toy, 2, run, 3))
+
+
 def test_loss_that_is_not_finite_stops_and_saves_nothing(toy, copy_run, script):
     run = copy_run("vq", "kl", "prior")
     result = script(*command(toy, 2, run, 30, "--lr", 1e9))
