@@ -159,9 +159,9 @@ def main(out, base=None, cache=None, folder=None):
     else:
         pictures, classes = photographs(folder)
         rows, budget, columns = PHOTOGRAPHS, (), ("true", "drawn", "shuffled", "frechet", "steps", "cpu")
-    preset = PRESETS[rows[0][0]]
-    images = torch.from_numpy(np.stack([data.center_crop(p, preset.image_size) for p in pictures])).permute(0, 3, 1, 2)
-    tokens, table = tokenised(base, images, classes, preset.sampling), {}
+    first = PRESETS[rows[0][0]]
+    images = torch.from_numpy(np.stack([data.center_crop(p, first.image_size) for p in pictures])).permute(0, 3, 1, 2)
+    tokens, table = tokenised(base, images, classes, first.sampling), {}
     for seed in SEEDS:
         for row in rows:
             preset, fusion, condition = row
