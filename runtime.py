@@ -85,13 +85,16 @@ def meet():
         store.set(f"question of {rank}", name)
         name = store.get(f"answer to {name}").decode()
         store.set(f"{name} is known to {rank}", "")
-    waiting = set(range(1, ranks)) if rank == 0 else ()
-    while waiting:
-        for r in waiting:
-            if store.check([f"question of {r}"]):  # by this start's rank r, or still by one that is dead
-                store.set(f"answer to {store.get(f'question of {r}').decode()}", name)
-        waiting = {r for r in waiting if not store.check([f"{name} is known to {r}"])}
-        time.sleep(0.01)
+    known = set()
+    while rank == 0 and len(known) < ranks - 1:
+        for r in set(range(1, ranks)) - known:
+            question = store.get(f"question of {r}").decode()  # by this start's rank r, or still by one that is dead
+            store.set(f"answer to {question}", name)
+            try:
+                store.wait([f"{name} is known to {r}"], timedelta(seconds=1))
+                known.add(r)
+            except dist.DistStoreError:  # not yet; then look whether a new question has come
+                pass
     return rank, dist.PrefixStore(name, store)
 
 
