@@ -44,6 +44,7 @@ class GeneratorConfig:
     head_depth: int = 6
     head_width: int = 1024
     batch_mul: int = 4         # draws of (t, noise) per token and training step
+    mask_min: float = 0.7      # the smallest share of tokens that a training step hides
     dropout: float = 0.1
     class_drop: float = 0.1    # share of training images whose class and codes become null, together
     vocab: int = 16384         # K and width of the prior's code table
@@ -191,7 +192,7 @@ class Generator(nn.Module):
         """
         B, L, C = latents.shape
         if mask is None:
-            visible = L - math.ceil(mask_ratio(float(torch.rand(()))) * L)
+            visible = L - math.ceil(mask_ratio(float(torch.rand(())), self.cfg.mask_min) * L)
             mask = torch.rand(B, L, device=latents.device).argsort(1) >= visible
         positions, V = self._visible_first(mask, visible)
         condition = self.condition(classes, codes)
@@ -294,10 +295,10 @@ def joined(condition: Prepared, null: Prepared) -> Prepared:
                     blocks(condition.encoder, null.encoder), blocks(condition.decoder, null.decoder))
 
 
-def mask_ratio(uniform):
-    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [0.7, 1], from uniform in [0, 1)."""
+def mask_ratio(uniform, low=0.7):
+    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [low, 1], from uniform in [0, 1)."""
     d = NormalDist(1, 0.25)
-    return d.inv_cdf(d.cdf(0.7) + uniform * (d.cdf(1.0) - d.cdf(0.7)))
+    return d.inv_cdf(d.cdf(low) + uniform * (d.cdf(1.0) - d.cdf(low)))
 
 
 def hidden_counts(L, iterations):

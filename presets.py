@@ -4,7 +4,7 @@ A Preset holds the component configs and, per stage, a Recipe. Grids, code table
 other entries or from the data are filled in by train.py (`classes`, `vocab`, `code_dim`). Sampling is what a run's
 files recommend; sample.py's flags override it.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from generator import GeneratorConfig
 from prior import PriorConfig
@@ -24,21 +24,27 @@ class Recipe:
     micro: int = 64             # images per rank and pass at most; more are accumulated (memory, not results)
 
 
+flag = lambda default, text: field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a run wants to be sampled. D2C 5.1; prior guidance is LlamaGen's, diffusion steps are MAR's."""
-    iterations: int = 64
-    steps: int = 100
-    anneal: str = ""            # A:B, head steps from A in the first iteration to B in the last, instead of `steps`
-    cfg: float = 4.0
-    cfg_from: float = 1.0       # iterations whose guidance is below it do without the null branch
-    schedule: str = "linear"
-    temperature: float = 1.0
-    prior_cfg: float = 2.0
-    prior_temperature: float = 0.99
-    top_k: int = 0
-    top_p: float = 1.0
-    t_max: int = 999
+    """How a run wants to be sampled, and sample.py's flags for it.
+
+    D2C 5.1; prior guidance is LlamaGen's, diffusion steps are MAR's.
+    """
+    iterations: int = flag(64, "rounds in which the generator draws all tokens")
+    steps: int = flag(100, "of the diffusion head, for each token")
+    anneal: str = flag("", "A:B, head steps from A in the first iteration to B in the last, instead of --steps")
+    cfg: float = flag(4.0, "guidance of the generator; 1: none")
+    cfg_from: float = flag(1.0, "iterations whose guidance is below it do without the null branch")
+    schedule: str = flag("linear", "of the generator's guidance: linear, growing with what is drawn, or constant")
+    temperature: float = flag(1.0, "of the generator: scales the noise of the head's steps")
+    prior_cfg: float = flag(2.0, "guidance of the prior; 1: none")
+    prior_temperature: float = flag(0.99, "of the prior: its logits are divided by it")
+    top_k: int = flag(0, "the prior draws from its k likeliest codes; 0: from all")
+    top_p: float = flag(1.0, "the prior draws from the fewest codes that have this probability together")
+    t_max: int = flag(999, "the noisiest diffusion timestep, where the head starts; less is forgiving of errors there")
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,8 @@ def same_settings(out, settings, num, world):
 
 def add_sampling_flags(parser):
     for f in fields(Sampling):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"default: the run's, or {f.default}")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type,
+                            help=f"{f.metadata['help']} (default: the run's, or {f.default!r})")
 
 
 def choose_sampling(args, run: Run) -> Sampling:

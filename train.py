@@ -230,7 +230,8 @@ class GeneratorStage(OnCache):
         G = self.args.batch  # the global batch: all its random numbers are drawn here, then `rows` of them taken
         c = model.cfg
         # one ratio for all ranks: equally many hidden tokens everywhere make the mean over ranks the mean over tokens
-        ratio = generator.mask_ratio(float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step))))
+        u = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))
+        visible = L - math.ceil(generator.mask_ratio(u, c.mask_min) * L)
         g = rng(device, "stage 2", self.args.seed, step)
         uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)[rows]
         order, drop, draws = uniform(G, L).argsort(1), uniform(G) < c.class_drop, uniform(G, L)
@@ -243,7 +244,6 @@ class GeneratorStage(OnCache):
         share = first + (last - first) * step / self.args.steps
         if model.fusion.reads_codes and share < 1:
             codes = torch.where(uniform(G, L) < share, codes, self.frozen["prior"].resample(codes, classes, draws))
-        visible = L - math.ceil(ratio * L)
         return model.loss(latents, classes.masked_fill(drop, c.classes), codes, order >= visible, t, noise, visible)
 
     def picture(self, models):

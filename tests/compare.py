@@ -43,6 +43,7 @@ from test_diffloss import on_meta
 from train import main as train
 
 SEEDS, SECONDS = (0, 1, 2), 120  # CPU time of a training on photographs
+COLUMNS = "true", "drawn", "shuffled", "frechet", "steps", "cpu"
 # Rows of the tables: preset, fusion, condition.
 TRUE, READING = "ground_truth", [name for name, fusion in FUSIONS.items() if fusion.reads_codes]
 TOYS = [("toy", "none", TRUE)] + [("toy", fusion, condition) for fusion in READING
@@ -77,6 +78,9 @@ def sizes():
                     model.generate(torch.zeros(1).long(), torch.zeros(1, 256).long(), steps=steps, null=null)
                 flops.append(counted.get_total_flops())
         print(f"{row} {(flops[0] + 99 * (flops[1] - flops[0])) / 1e12:.1f} |", flush=True)
+
+
+slug = lambda name: name.replace(",", "").replace(" ", "-")
 
 
 def script(name, *args):
@@ -140,48 +144,56 @@ def toys(out):
         script("train", "--stage", 1, "--data", cache, "--steps", 1500, *how)
     classes = torch.arange(500) % 10  # seed 1: those of the training have seed 0
     pictures = [data.toy_picture(int(k), np.random.default_rng((1, i))) for i, k in enumerate(classes)]
-    return base, cache, pictures, classes
+    return base, cache, stacked(pictures, 32), classes
 
 
-def photographs(folder):
-    """Pictures of a folder and their classes, equally many of each."""
+def stacked(pictures, size):
+    """PIL images -> uint8 [N, 3, size, size], the middle of each."""
+    return torch.from_numpy(np.stack([data.center_crop(p, size) for p in pictures])).permute(0, 3, 1, 2)
+
+
+def photographs(folder, size):
+    """Pictures of a folder, uint8 [N, 3, size, size], and their classes [N], equally many of each."""
     paths, labels, _ = data.find_images(folder)
     labels = np.array(labels)
     count = np.bincount(labels).min()
     chosen = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
-    return [Image.open(f"{folder}/{paths[i]}").convert("RGB") for i in chosen], torch.tensor(labels[chosen])
+    pictures = [Image.open(f"{folder}/{paths[i]}").convert("RGB") for i in chosen]
+    return stacked(pictures, size), torch.tensor(labels[chosen])
 
 
-def main(out, base=None, cache=None, folder=None):
-    if toy := base is None:
-        base, cache, pictures, classes = toys(out)
-        rows, budget, columns = TOYS, ("--steps", 250, "--batch", 32), ("true", "drawn", "shuffled", "frechet")
-    else:
-        pictures, classes = photographs(folder)
-        rows, budget, columns = PHOTOGRAPHS, (), ("true", "drawn", "shuffled", "frechet", "steps", "cpu")
-    first = PRESETS[rows[0][0]]
-    images = torch.from_numpy(np.stack([data.center_crop(p, first.image_size) for p in pictures])).permute(0, 3, 1, 2)
-    tokens, table = tokenised(base, images, classes, first.sampling), {}
-    for seed in SEEDS:
+def compare(name, rows, seeds, budget, columns, out, base, cache, images, classes):
+    """Trains and measures rows (preset, fusion, condition) under OUT, each with every seed, and prints the table.
+
+    name: of the script that calls. budget: CPU seconds of a training, or 0, and flags for train.py.
+    """
+    tokens, table = tokenised(base, images, classes, PRESETS[rows[0][0]].sampling), {}
+    for seed in seeds:
         for row in rows:
             preset, fusion, condition = row
-            path = f"{out}/{preset.replace(', ', '-').replace(' ', '-')}-{fusion}-{condition.replace(':', '-')}-{seed}"
+            path = f"{out}/{slug(preset)}-{fusion}-{condition.replace(':', '-')}-{seed}"
             if not os.path.exists(f"{path}/result.json"):
                 shutil.rmtree(path, ignore_errors=True)  # a training that was stopped would get more time
                 os.makedirs(path)
                 for kind in ("vq", "kl", "prior"):
                     shutil.copy(f"{base}/{kind}.pt", path)
-                script("tests/compare", "train", 0 if toy else SECONDS, "--stage", 2, "--preset", preset,
-                       "--data", cache, "--run", path, "--fusion", fusion, "--condition", condition, "--seed", seed,
-                       "--grid-every", 0, *budget)
+                script(name, "train", budget[0], "--stage", 2, "--preset", preset, "--data", cache, "--run", path,
+                       "--fusion", fusion, "--condition", condition, "--seed", seed, "--grid-every", 0, *budget[1:])
                 Path(f"{path}/result.json").write_text(json.dumps(measure(path, tokens, images)))
             table.setdefault(row, []).append(json.loads(Path(f"{path}/result.json").read_text()))
             print(row, seed, table[row][-1], flush=True)
     print(f"| preset | fusion | condition | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}")
     for row, results in table.items():
         values = [[r[name] for r in results] for name in columns]
-        cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in values]
+        cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in values]
         print(f"| {' | '.join([*row, *cells])} |")
+
+
+def main(out, base=None, cache=None, folder=None):
+    if base is None:
+        compare("tests/compare", TOYS, SEEDS, (0, "--steps", 250, "--batch", 32), COLUMNS[:4], out, *toys(out))
+    else:
+        compare("tests/compare", PHOTOGRAPHS, SEEDS, (SECONDS,), COLUMNS, out, base, cache, *photographs(folder, 64))
 
 
 def train_for(seconds, *args):

@@ -179,16 +179,17 @@ def test_loss_is_the_plain_one(fusion, batch):
     assert all(relative(ours[n], g) < 1e-4 for n, g in plain.items() if g.norm() > 1e-6)
 
 
-def test_loss_draws_its_own(batch, monkeypatch):
+@pytest.mark.parametrize("mask_min, fewest", [(0.7, 12), (0.4, 7)])  # ceil(0.7 * 16) = 12
+def test_loss_draws_its_own(batch, monkeypatch, mask_min, fewest):
     """Without mask, t and noise: 70 to 100 % hidden, batch_mul rows a hidden token, all noise levels."""
-    model, (latents, classes, _, _), rows = make(), batch, []
+    model, (latents, classes, _, _), rows = make(mask_min=mask_min), batch, []
     monkeypatch.setattr(model.head, "loss", lambda x, z, t, noise: rows.append((x, t)) or z.sum() * 0)
     latents[..., 0] = torch.arange(L)
     for _ in range(50):
         model.loss(latents, classes, None)
     positions = [x[:, 0].view(B, -1) for x, _ in rows]
     counts = [p.shape[1] for p in positions]
-    assert min(counts) == 12 and max(counts) == 16  # ceil(0.7 * 16) = 12
+    assert min(counts) == fewest and max(counts) == 16
     for p in positions:
         assert all(len(image.unique()) == p.shape[1] for image in p)
     assert any(not torch.equal(p[0], p[1]) for p in positions)  # every image has an order of its own
@@ -197,11 +198,12 @@ def test_loss_draws_its_own(batch, monkeypatch):
     assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
 
 
-def test_mask_ratio():
-    """Normal(1, 0.25) truncated to [0.7, 1]: the quantile function gives back its quantiles, mean and density."""
-    ratios = torch.tensor([mask_ratio((i + 0.5) / 2000) for i in range(2000)], dtype=torch.float64)
-    assert 0.7 <= ratios.min() < 0.701 and 0.999 < ratios.max() <= 1 and (ratios.diff() > 0).all()
-    x = torch.linspace(0.7, 1.0, 3001, dtype=torch.float64)
+@pytest.mark.parametrize("low", [0.7, 0.3])
+def test_mask_ratio(low):
+    """Normal(1, 0.25) truncated to [low, 1]: the quantile function gives back its quantiles, mean and density."""
+    ratios = torch.tensor([mask_ratio((i + 0.5) / 2000, low) for i in range(2000)], dtype=torch.float64)
+    assert low <= ratios.min() < low + 0.01 and 0.999 < ratios.max() <= 1 and (ratios.diff() > 0).all()
+    x = torch.linspace(low, 1.0, 3001, dtype=torch.float64)
     density = (-((x - 1) / 0.25) ** 2 / 2).exp()
     assert ratios.mean() == pytest.approx(float((x * density).sum() / density.sum()), abs=1e-3)
     assert (ratios < 0.85).double().mean() == pytest.approx(float(density[x < 0.85].sum() / density.sum()), abs=1e-3)

@@ -285,6 +285,21 @@ def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
     assert drawn == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.06)  # 1,024 codes a step
 
 
+def test_share_of_hidden_tokens(toy, copy_run, works, monkeypatch):
+    """A preset's smallest share of hidden tokens: at 1 all 16 in every step, at 0.3 fewer in some."""
+    visible, preset = [], PRESETS["toy"]
+
+    def loss(self, latents, classes, codes, hidden, t, noise, shown):
+        assert (~hidden).sum(1).tolist() == [shown] * len(latents)
+        visible.append(shown)
+        return self.mask_token.sum()
+    monkeypatch.setattr(Generator, "loss", loss)
+    for low in (1.0, 0.3):
+        monkeypatch.setitem(PRESETS, "toy", replace(preset, generator=replace(preset.generator, mask_min=low)))
+        works(*command(toy, 2, copy_run("vq", "kl", "prior"), 8, "--fresh"))
+    assert visible[:8] == [0] * 8 and 4 < max(visible[8:]) <= 11
+
+
 def test_one_tokenizer_at_a_time(toy, works, tmp_path):
     for kind in ("kl", "vq"):
         works(*command(toy, 0, tmp_path, 1, "--only", kind, "--batch", 2))
