@@ -4,7 +4,7 @@ D2C (2503.17155) Eq. 2, MAR (2406.11838) section 3.2.
 
     DiffusionHead(cfg)
     .net(x_t [N, C], t [N], z [N, D])   -> [N, 2C]: predicted noise, then v that interpolates the log-variance
-    .loss(x [N, C], z [N, D])           -> [N], one value per row
+    .loss(x [N, C], z [N, D])           -> [N], one value per row; [M, N] for M draws of (t, noise)
     .sample(z [N, D], z_null, cfg, ...) -> x [N, C]
 
 N rows are tokens of any images; they do not see each other. The process is improved DDPM (Nichol & Dhariwal,
@@ -110,7 +110,7 @@ class HeadBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
-        self.modulation = nn.Linear(width, 3 * width)
+        self.modulation = nn.Linear(width, 3 * width)  # HeadNet.modulations reads its weights
 
     def forward(self, x, shift_scale_gate):
         shift, scale, gate = shift_scale_gate.chunk(3, dim=-1)
@@ -126,7 +126,8 @@ class HeadNet(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(c.width) for _ in range(c.depth))
         self.output_modulation = nn.Linear(c.width, 2 * c.width)
         self.output = nn.Linear(c.width, 2 * c.token_dim)
-        self.register_buffer("one", torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(c.width), persistent=False)
+        # what is added to (shift, scale, gate); the output layer has no gate
+        self.register_buffer("offset", torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(c.width), persistent=False)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
@@ -143,23 +144,23 @@ class HeadNet(nn.Module):
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
     def modulations(self, y):
-        """y [..., width] -> one [..., 3 width] per block, then [..., 2 width]: from time and condition, not from x.
+        """y [..., width] -> (shift, 1 + scale, gate) [..., 3 width] per block, then (shift, 1 + scale) of the output.
 
-        The 1 of 1 + scale is added to the bias here.
+        They depend on time and condition, not on x.
         """
         y = F.silu(y)
         with tf32():
-            return [F.linear(y, m.weight, m.bias + self.one[:len(m.bias)])
+            return [F.linear(y, m.weight, m.bias + self.offset[:len(m.bias)])
                     for m in [*(b.modulation for b in self.blocks), self.output_modulation]]
 
     def body(self, x_t, modulations):
-        x = self.input(x_t)                                                     # [N, width]
+        x = self.input(x_t)                                                     # [..., N, width]
         with tf32():
             for block, m in zip(self.blocks, modulations):
                 x = block(x, m)
         shift, scale = modulations[-1].chunk(2, dim=-1)
         x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
-        return self.output(x)                                                   # [N, 2C]
+        return self.output(x)                                                   # [..., N, 2C]
 
     def forward(self, x_t, t, z):
         """x_t [..., N, C], t [..., N] original timesteps 0..999, z [N, D] -> [..., N, 2C]."""
@@ -177,7 +178,7 @@ class DiffusionHead(nn.Module):
         rows = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
                 s.mean_x0, s.mean_xt, s.min_logvar, s.max_logvar]
         self.register_buffer("table", torch.tensor(rows, dtype=torch.float32), persistent=False)     # [8, T]
-        self.register_buffer("clock", torch.arange(T), persistent=False)  # a CUDA graph may not copy from the host
+        self.register_buffer("clock", torch.arange(T), persistent=False)  # timesteps, on the device
         self.graphs = None  # or Graphs(), on CUDA
 
     def loss(self, x, z, t=None, noise=None):
@@ -192,10 +193,10 @@ class DiffusionHead(nn.Module):
             if t is None:
                 t = torch.randint(T, (len(x),), device=x.device)
             if noise is None:
-                noise = torch.randn_like(x)
+                noise = torch.randn(*t.shape, x.shape[-1], device=x.device)
             signal, sigma, from_xt, from_eps, mean_x0, mean_xt, low, high = self.table[:, t, None]  # each [..., N, 1]
             x_t = signal * x + sigma * noise                                    # DDPM Eq. 4
-            eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [N, C]
+            eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [..., N, C]
             f = (v + 1) / 2
             logvar = f * high + (1 - f) * low                                   # IDDPM Eq. 15; v is not clamped
             mean = mean_x0 * (from_xt * x_t - from_eps * eps.detach()) + mean_xt * x_t
@@ -221,27 +222,28 @@ class DiffusionHead(nn.Module):
             noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
         guided = z_null is not None and cfg != 1
         z = (torch.cat([z, z_null]) if guided else z).float()                                    # [N or 2N, D]
-        cfg = torch.full((), float(cfg), device=z.device)  # a graph's input: guidance changes with the iteration
-        loop = lambda *inputs: self.reverse(*inputs, respaced(steps, t_max), temperature)
+        guidance = torch.full((), float(cfg), device=z.device)  # a tensor: in a graph it changes with the iteration
+        loop = lambda z, noise, guidance: self.reverse(z, noise, guidance, respaced(steps, t_max), temperature)
         if self.graphs is None:
-            return loop(z, noise, cfg)
-        return self.graphs((N, guided, steps, t_max, temperature), loop, z, noise, cfg)
+            return loop(z, noise, guidance)
+        return self.graphs((N, guided, steps, t_max, temperature), loop, z, noise, guidance)
 
-    def reverse(self, z, noise, cfg, s: Schedule, temperature):
-        """The step loop. z [N, D], or [2N, D] with the null branch behind; noise [S+1, N, C]; cfg: a scalar tensor.
+    def reverse(self, z, noise, guidance, s: Schedule, temperature):
+        """The step loop. z [N, D], or [2N, D] with the null branch behind; noise [S+1, N, C]; guidance, a scalar.
 
         What does not depend on x is kept out of the steps: the embedding of all times, one projection of z, and the
-        adaLN projections of SiLU(t + c), which are most of the arithmetic. Each (step, row) needs its own, as the
-        SiLU is no sum of a step's part and a row's; but one product for several steps reads the weights once.
+        adaLN projections of SiLU(t + c), which are most of the arithmetic. Each (step, row) needs its own, as
+        SiLU(t + c) is not f(t) + g(c); but one product for several steps reads the weights once.
         """
         with torch.autocast(z.device.type, enabled=False):
             net, N, C, S = self.net, noise.shape[1], noise.shape[2], len(s.timesteps)
+            # no torch.tensor(s.timesteps): a CUDA graph may not copy from the host
             times = net.embed_time(torch.stack([self.clock[t] for t in s.timesteps]))            # [S, width]
             cond = net.cond(z)                                                                   # [N or 2N, width]
             together = max(1, ROWS // len(z))                                                    # steps per product
             x = noise[0]
             for k, i in enumerate(reversed(range(S))):
-                if k % together == 0:
+                if k % together == 0:  # for steps i, i - 1, ..., first
                     first = max(0, i + 1 - together)
                     modulations = net.modulations(times[first:i + 1, None] + cond)               # each [steps, rows, .]
                 both = x.repeat(len(z) // N, 1)  # both branches see the same x
@@ -249,7 +251,7 @@ class DiffusionHead(nn.Module):
                 eps, v = out[:N].chunk(2, dim=-1)
                 if len(z) > N:
                     null = out[N:, :C]
-                    eps = null + cfg * (eps - null)
+                    eps = null + guidance * (eps - null)
                 x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps  # not clipped: latents have no fixed range
                 x = s.mean_x0[i] * x0 + s.mean_xt[i] * x
                 if i > 0:

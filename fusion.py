@@ -8,7 +8,7 @@ A Condition answers the three questions that the generator asks, whatever the fu
     context  [B, L, D] or None  what every block's cross-attention reads
     masked   [B, L, D] or None  what is added to the mask token of each position, in the decoder
 
-The fusions, with P = GeneratorConfig.prefix class slots and L codes:
+The fusions, with P = GeneratorConfig.prefix and L codes (generator.py's P is the number of all slots):
 
     none             MAR: P copies of the class token                                       (2406.11838)
     qformer          Q query tokens that have read all codes, then P - Q class tokens        (D2C)
@@ -131,7 +131,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.slots = self.class_slots = c.prefix
 
-    def make_cross_attention(self):
+    def make_cross_attention(self, dim, heads):
         """A new module for one generator block, between self-attention and MLP; None for most fusions."""
         return None
 
@@ -148,13 +148,11 @@ class CodeFusion(Fusion):
 
     def __init__(self, c):
         super().__init__(c)
-        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # frozen; the prior's, or random without a prior
+        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # frozen; the prior's, or unit normal without a prior
         self.embedding.weight.requires_grad_(False)
-        self.fake_code = nn.Parameter(torch.empty(c.code_dim))
-        self.positions = nn.Parameter(torch.empty(1, c.grid**2, c.code_dim))
-        self.project = nn.Linear(c.code_dim, c.dim)
-        for p in (self.embedding.weight, self.fake_code, self.positions):
-            nn.init.normal_(p)
+        self.fake_code = nn.Parameter(torch.randn(c.code_dim))
+        self.positions = nn.Parameter(torch.randn(1, c.grid**2, c.code_dim))
+        self.project = nn.Linear(c.code_dim, c.dim)  # generator.py initialises all Linear layers
 
     def copy_table(self, table):
         """Takes the prior's table [K, code_dim], scaled to unit variance.
@@ -185,12 +183,8 @@ class QFormerFusion(CodeFusion):
 
 
 class CrossAttentionFusion(CodeFusion):
-    def __init__(self, c):
-        super().__init__(c)
-        self.dim, self.heads = c.dim, c.heads
-
-    def make_cross_attention(self):
-        return CrossAttention(self.dim, self.heads)
+    def make_cross_attention(self, dim, heads):
+        return CrossAttention(dim, heads)
 
     def forward(self, codes, class_token, is_null):
         return Condition(self.class_rows(class_token), context=self.embed(codes, is_null))

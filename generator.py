@@ -107,7 +107,7 @@ class Generator(nn.Module):
         self.latent_in = nn.Linear(c.token_dim, c.dim)
         self.encoder_positions = nn.Parameter(torch.empty(1, P + L, c.dim))
         self.encoder_in_norm = nn.LayerNorm(c.dim, eps=1e-6)
-        block = lambda: Block(c.dim, c.heads, c.dropout, self.fusion.make_cross_attention())
+        block = lambda: Block(c.dim, c.heads, c.dropout, self.fusion.make_cross_attention(c.dim, c.heads))
         self.encoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
         self.encoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.decoder_in = nn.Linear(c.dim, c.dim)

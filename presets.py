@@ -63,7 +63,7 @@ class Preset:
 B, L = GeneratorConfig(), GeneratorConfig(dim=1024, depth=16, heads=16, head_depth=8, head_width=1280)
 TOKENIZERS = Recipe(128, 40, 2e-4, weight_decay=0.05, clip=1.0)
 PRIOR = Recipe(256, 300, 1e-4, weight_decay=0.05, clip=1.0)
-D2C, MAR = Recipe(2048, 800, 5e-5, warmup=100), Recipe(2048, 800, 1e-4, warmup=100)
+D2C, MAR = Recipe(2048, 800, 5e-5, warmup=100, micro=32), Recipe(2048, 800, 1e-4, warmup=100, micro=32)
 OFFICIAL = Preset(256, VQConfig(), KLConfig(), PriorConfig(), B, "teacher_forced", (TOKENIZERS, PRIOR, D2C), Sampling())
 
 # Tokenizers of the small presets: convolutions from half resolution on, beside a linear path of 8x8 patches.

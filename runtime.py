@@ -1,7 +1,7 @@
-"""Where the code runs: device, optional torch.distributed, seeds, log file, and one kind of error for users.
+"""Where the code runs: device, optional torch.distributed, seeds, files, and one kind of error for users.
 
-Every script calls `setup()` once. Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU);
-under plain `python` the same code runs as rank 0 of 1. Nothing here knows about models.
+What computes calls `setup()` first. Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU); under plain
+`python` the same code runs as rank 0 of 1. `spread` divides a training among the ranks (DDP, FSDP2).
 
 What may happen to a long run is met here: signals and numbers that are not finite (`Watch`), and ranks that die
 (`Pulse`).
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -54,26 +55,29 @@ def setup(device: str | None = None) -> World:
     if device is None:
         mps = torch.backends.mps.is_available() and ranks == 1  # no distributed backend for MPS
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device must be cuda, mps or cpu, not {device}.")
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", device):
+        raise UserError(f"--device must be cuda, cuda:N, mps or cpu, not {device}.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no mps: this PyTorch sees no Apple GPU.")
     if device.startswith("cuda"):
         device = f"cuda:{local}" if ranks > 1 or device == "cuda" else device
         if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
             raise UserError(f"there is no {device}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
         torch.cuda.set_device(torch.device(device))
         torch.backends.cudnn.allow_tf32 = True  # tokenizers' convolutions; products: see diffloss.tf32
-    if ranks > 1 and not dist.is_initialized():
+    rank = 0
+    if ranks > 1:
         # a long timeout: rank 0 writes files and measures while the others wait
-        rank, store = meet()
+        rank, start, store = meet()
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
                                 world_size=ranks, timeout=timedelta(hours=2))
         global PULSE
-        PULSE = Pulse(dist.get_rank(), ranks)
-    return World(torch.device(device), dist.get_rank() if ranks > 1 else 0, ranks)
+        PULSE = Pulse(rank, ranks, start)
+    return World(torch.device(device), rank, ranks)
 
 
 def meet():
-    """-> this process's rank, and the store by which the ranks find each other, empty.
+    """-> this process's rank, the name of this start, and the store by which its ranks find each other, empty.
 
     torchrun keeps one store for all restarts (PyTorch 2.13), and a rank that reads the address of a dead one there
     waits for it. So rank 0 draws a name for the keys of this start, and the others ask for it, each with a word of its
@@ -95,7 +99,7 @@ def meet():
                 known.add(r)
             except dist.DistStoreError:  # not yet; then look whether a new question has come
                 pass
-    return rank, dist.PrefixStore(name, store)
+    return rank, name, dist.PrefixStore(name, store)
 
 
 def is_first() -> bool:
@@ -166,9 +170,9 @@ def autocast(device: torch.device):
 class Linear(torch.nn.Linear):
     """The same product x W^T + b, for few rows on a CPU in the order that suits its library, 1.2 to 2 times as fast.
 
-    A step of a prior or a head has two rows, with guidance, for each code or token it draws. For a product of so few
-    the library first copies all of W to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32
-    parts as a batch.
+    A step of a prior or a head has one row, with guidance two, for each code or token it draws. For 3 to some 48 rows
+    MKL first copies all of W to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32 parts as a
+    batch; of small W the copy costs nothing. The bounds are measured, on one kind of CPU (README.md, Speed).
     """
 
     def forward(self, x):
@@ -262,7 +266,10 @@ def passes(module, last: bool):
 
 
 def whole(value):
-    """A nested dict or list with its shards put together, on the CPU of rank 0; for all ranks to call."""
+    """A nested dict or list with its shards put together, on the CPU of rank 0 and None elsewhere; the rest as it is.
+
+    For all ranks to call.
+    """
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -292,15 +299,11 @@ class Pulse:
     The store is the one through which the ranks met; torchrun keeps it on the first node.
     """
 
-    def __init__(self, rank, size):
+    def __init__(self, rank, size, start):
         self.rank, self.size, self.over = rank, size, threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.job = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        # torchrun's store outlives its workers: a restart must not read the notes of those before. It does not count
-        # restarts alike on all nodes, so the first rank names this one.
-        name = [f"pulse/{time.time()}"]
-        dist.broadcast_object_list(name)
-        self.store = dist.PrefixStore(name[0], self.job)
+        self.store = dist.PrefixStore(f"{start}/pulse", self.job)  # a restart must not read the notes of those before
         self.store.set(f"{rank}", "0")
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -314,7 +317,7 @@ class Pulse:
                 now = self.store.get(f"{other}")
                 if now != last:
                     last, changed = now, time.monotonic()
-                if now != b"over" and time.monotonic() - changed > SILENCE and self.first_to_tell():
+                if now != b"over" and time.monotonic() - changed > SILENCE and self.end_all():
                     print(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end. The same "
                           f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
                 if self.store.check(["told"]):
@@ -325,8 +328,8 @@ class Pulse:
                       f"last checkpoint.", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def first_to_tell(self) -> bool:
-        """Ends all ranks within a second; True for the first one that calls it, which tells the user why."""
+    def end_all(self) -> bool:
+        """Ends all ranks within a second. True for the first one that calls it, which is to tell the user why."""
         return self.store.add("told", 1) == 1
 
     def stop(self):
@@ -351,10 +354,12 @@ class Watch:
 
     def __init__(self, world: World, skipped=0):
         scalar = lambda value=0: torch.tensor(float(value), device=world.device)
-        self.total, self.steps, self.skipped, self.row, self.longest = scalar(), 0, scalar(skipped), scalar(), scalar()
-        self.reported = skipped
+        self.total, self.steps = scalar(), 0                      # sum of the finite losses and steps, since the report
+        self.skipped, self.reported = scalar(skipped), skipped    # steps that were not finite: now; at the last report
+        self.in_row, self.longest = scalar(), scalar()            # of those, the last ones in a row; most in a row
+        self.norm = scalar()                                      # of the last step's gradient
         self.hosts = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.signal, self.answer = torch.zeros((), dtype=torch.long), None
+        self.signal, self.answer = torch.zeros((), dtype=torch.long), None  # received here; by any rank, a step ago
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
@@ -365,7 +370,7 @@ class Watch:
         self.signal.fill_(number)
 
     def bad(self, loss, norms) -> torch.Tensor:
-        """1.0 on the device if on any rank the loss of this step or a gradient norm is not finite, else 0.0."""
+        """Counts a step: 1.0 on the device if on any rank its loss or a gradient norm is not finite, else 0.0."""
         norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
         self.norm = sum(norms)
         bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
@@ -374,8 +379,8 @@ class Watch:
         self.total += torch.where(bad > 0, 0.0, loss)
         self.steps += 1
         self.skipped += bad
-        self.row = (self.row + bad) * bad
-        self.longest = torch.maximum(self.longest, self.row)
+        self.in_row = (self.in_row + bad) * bad
+        self.longest = torch.maximum(self.longest, self.in_row)
         return bad
 
     def report(self):
@@ -387,7 +392,7 @@ class Watch:
         finite = self.steps - (skipped - self.reported)
         mean = float(all_mean(self.total)) / finite if finite else math.nan
         self.total, self.steps, self.reported = torch.zeros_like(self.total), 0, skipped
-        return mean, skipped, int(self.row)
+        return mean, skipped, int(self.in_row)
 
     def asked_to_stop(self) -> int:
         """The number of the signal that any rank had received one step ago (one process: by now), or 0."""
@@ -413,19 +418,22 @@ def step_unless(bad: torch.Tensor, optimizer):
 
 def run_script(main):
     """Runs main() and ends the process: a user's mistake becomes a sentence and exit code 1, a signal a clean stop."""
-    def stop(number, frame):
-        raise Stopped(number, "stopped; run the same command again to go on")
+    sentence = "stopped; run the same command again to go on"
 
-    code, before = 1, {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def stop(number, frame):
+        raise Stopped(number, sentence)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}  # the old handlers
+    code = 1
     try:
         main()
         code = 0
     except UserError as error:
-        if not PULSE or PULSE.first_to_tell():  # ranks tend to have the same mistake at the same time
+        if not PULSE or PULSE.end_all():  # ranks tend to have the same mistake at the same time
             print(f"{os.path.basename(sys.argv[0])}: {error}" + (f" (rank {PULSE.rank})" if PULSE else ""),
                   file=sys.stderr)
     except KeyboardInterrupt as stopped:
-        number, sentence = stopped.args or (signal.SIGINT, "stopped; run the same command again to go on")
+        number, sentence = stopped.args or (signal.SIGINT, sentence)
         if is_first():
             print(sentence, file=sys.stderr)
         code = 128 + number
@@ -433,9 +441,10 @@ def run_script(main):
         if PULSE is None:
             raise
         if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
-            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # torchrun was quicker, and names it too
+            # torchrun may be quicker: it names the rank too, and sends a signal
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
             PULSE.thread.join(2 * SILENCE)
-        if PULSE.first_to_tell():
+        if PULSE.end_all():
             traceback.print_exc()
             print(f"rank {PULSE.rank} ends with the error above, and with it all others", file=sys.stderr)
     finally:
@@ -445,7 +454,8 @@ def run_script(main):
         if code:  # at once: leaving the group in order could wait for ranks that wait for this one
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-        PULSE.stop()
+        if PULSE:  # none in a group of one rank, which --shard makes
+            PULSE.stop()
         dist.destroy_process_group()
     sys.exit(code)
 

@@ -7,10 +7,10 @@
     python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
     python sample.py --class church --like IMAGE              # the codes of a picture, drawn anew: variations
-    torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
-    torchrun --nproc_per_node=8 sample.py --num 50000 --class all --out X.npz   # folder X, then one file
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out X.npz   # folder X, then one file
 
-The last two, run again, write what is missing. With --run they need two dashes: torchrun ... -- sample.py ...
+The last two, run again, write what is missing.
 
 A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
 Other flags override what the run recommends (`presets.Sampling`).

@@ -57,10 +57,10 @@ def works():
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """two_ranks("train", ...): torchrun with two processes on this CPU (gloo); must succeed."""
-    def run(name, *args):
+    """two_ranks("train", ...): torchrun with two processes on this CPU (gloo), or `ranks`; must succeed."""
+    def run(name, *args, ranks=2):
         # `--`: without it torchrun takes our --run for an abbreviation of its own --run-path
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
         command = [*torchrun, str(ROOT / f"{name}.py"), *map(str, args)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})

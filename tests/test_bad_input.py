@@ -390,7 +390,7 @@ flags("train", ["--condition must be"], "--condition nothing", "--condition mixe
       "--condition mixed:-0.2", "--condition mixed:0.5-", "--condition mixed:0.5-2")
 flags("train", ["--preset"], "--preset huge")
 flags("sample", ["--device|device"], "--device nonsense")
-flags("train", ["--device|device"], "--device nonsense")
+flags("train", ["--device|device"], "--device nonsense", "--device cpu:x", "--device cuda:", "--device mps:0")
 flags("data", ["30 pixels"], "--size 30")
 flags("data", ["--size|pixels"], "--size 0", "--size -32")
 flags("data", ["at least 1"], "--toy 0", "--toy -3")
@@ -429,6 +429,13 @@ def cuda_without_a_gpu(c):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     return train(c, 2, "--device", "cuda")
+
+
+@case("no mps")
+def mps_without_apple(c):
+    if torch.backends.mps.is_available():
+        pytest.skip("there is an Apple GPU")
+    return train(c, 2, "--device", "mps")
 
 
 @case("give --images DIR and --run RUN")

@@ -221,7 +221,7 @@ def test_ranks_agree_and_a_dead_one_is_named():
 
 def test_restarted_ranks_meet_without_traces_of_dead_ones(monkeypatch):
     """Three starts on one store, as torchrun keeps it, the last after a rank died while it waited for an answer."""
-    common, place = dist.HashStore(), threading.local()
+    common, place, seen = dist.HashStore(), threading.local(), set()
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(common, place.rank, 3)]))
 
     def meet(rank):
@@ -231,9 +231,12 @@ def test_restarted_ranks_meet_without_traces_of_dead_ones(monkeypatch):
     for start in range(3):
         with ThreadPoolExecutor(3) as ranks:
             met = list(ranks.map(meet, range(3)))
-        assert [rank for rank, _ in met] == [0, 1, 2] and not any(store.check(["address"]) for _, store in met)
-        met[start][1].set("address", f"of start {start}")
-        assert all(store.get("address") == f"of start {start}".encode() for _, store in met)
+        ranks_met, names, stores = zip(*met)
+        assert ranks_met == (0, 1, 2) and len(set(names)) == 1 and names[0] not in seen
+        assert not any(store.check(["address"]) for store in stores)
+        stores[start].set("address", f"of start {start}")
+        assert all(store.get("address") == f"of start {start}".encode() for store in stores)
+        seen |= set(names)
         common.set("question of 1", "its last words")
 
 
@@ -241,6 +244,7 @@ def test_sharded_ranks_have_the_same_curve_and_files(toy, copy_run, works, two_r
     """FSDP2 with accumulation, clipping and EMA; what it saves resumes on one rank."""
     run = copy_run(*STAGE_2)
     two_ranks(*command(toy, 2, run, 5, "--shard", "--accumulate", 2))
+    two_ranks(*command(toy, 2, run, 6, "--shard"), ranks=1)
     works(*command(toy, 2, run, 8))
     assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-4)
     state, want = train_state(run), train_state(undisturbed)

@@ -139,7 +139,7 @@ def test_qformer_without_its_encoder(batch):
 
 def test_cross_attention():
     """x + softmax(q k / sqrt(d)) v per head, by hand; each row on its own."""
-    layer = wake(make("cross_attention").make_cross_attention())
+    layer = wake(make("cross_attention").make_cross_attention(D, 2))
     x, y = torch.randn(B, 5, D), torch.randn(B, L, D)
     a = layer.attention
     q = a.q(torch.nn.functional.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias, 1e-6)).view(B, 5, 2, 16)
@@ -149,7 +149,7 @@ def test_cross_attention():
     got = layer(x, a.keys_values(y))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer(x[:, 2:4], a.keys_values(y)), got[:, 2:4])
-    assert all(make(f).make_cross_attention() is None for f in FUSIONS if f != "cross_attention")
+    assert all(make(f).make_cross_attention(D, 2) is None for f in FUSIONS if f != "cross_attention")
 
 
 def test_refusals(batch):
