@@ -53,7 +53,7 @@ def random_weights(model):
 
 
 def seconds(call, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     wait()
     start = time.perf_counter()
     call()
@@ -302,7 +302,8 @@ def main():
     if args.part == "all":  # a process each: peak memory is a process's
         rest = [a for a in sys.argv[1:] if a != "all"]
         for part in PARTS:
-            subprocess.run([sys.executable, __file__, part, *rest], check=True)
+            if code := subprocess.run([sys.executable, __file__, part, *rest]).returncode:
+                sys.exit(code)
         return
     args.device = setup(args.device).device
     torch.manual_seed(0)
@@ -312,7 +313,7 @@ def main():
             if args.json:
                 with open(args.json, "a") as f:
                     f.write(json.dumps({"part": args.part, "preset": args.preset, "device": str(args.device),
-                                        "threads": torch.get_num_threads(), "machine": platform.processor(),
+                                        "threads": torch.get_num_threads(), "machine": platform.platform(),
                                         "torch": torch.__version__, **record}) + "\n")
 
 

@@ -29,6 +29,7 @@ from itertools import count as count_from
 
 import torch
 
+from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
 from runtime import UserError, barrier, is_first, print0, run_script, write_file
@@ -112,8 +113,10 @@ def newest(path: str) -> dict | None:
                 raise
             print0(f"note: {error} Going on from {files[-1]}, the one before it.")
     else:
-        return None
+        content = None
     barrier()  # every rank has read
+    if content is None:
+        return None
     if file != files[0] and is_first():  # out of the way, lest the next save keep it in the place of the good one
         os.replace(files[0], f"{files[0]}.damaged")
     return content
@@ -124,9 +127,12 @@ def set_aside(paths: list):
     if paths := [p for p in paths if os.path.exists(p)]:
         folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
         folder = next(f for f in folders if not os.path.exists(f))
-        os.mkdir(folder)
-        for p in paths:
-            os.replace(p, os.path.join(folder, os.path.basename(p)))
+        try:
+            os.mkdir(folder)
+            for p in paths:
+                os.replace(p, os.path.join(folder, os.path.basename(p)))
+        except OSError as error:
+            raise UserError(f"cannot move {paths[0]} to {folder}: {error.strerror}.") from None
         print0(f"{', '.join(map(os.path.basename, paths))} moved to {folder}")
 
 
@@ -183,8 +189,8 @@ def read_classes(path: str) -> dict | None:
         return None
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            return {r["folder"]: [int(r["id"]), r["name"]] for r in csv.DictReader(f, delimiter="\t")}
-    except (KeyError, TypeError, ValueError):
+            return {r["folder"]: [int(r["id"]), r["name"].strip()] for r in csv.DictReader(f, delimiter="\t")}
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
         raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
 
 
@@ -338,10 +344,14 @@ LAYOUTS = {"vq": load_vq, "kl": load_kl, "prior": load_prior, "generator": load_
 # ------------------------------------------------------------------------------------------------------- as a script
 
 def main():
-    parser = argparse.ArgumentParser(description="Copies the four weight files of a run in half precision.")
+    parser = argparse.ArgumentParser(description="Copies the weight files that sampling needs in half precision.")
     parser.add_argument("source"), parser.add_argument("target")
     args = parser.parse_args()
-    for kind in CONFIGS:
+    if os.path.realpath(args.source) == os.path.realpath(args.target):
+        raise UserError("source and target are the same folder; its files would lose half of their precision.")
+    fusion = load(os.path.join(args.source, "generator.pt"), "generator")[0].fusion
+    kinds = tuple(CONFIGS) if FUSIONS[fusion].reads_codes else ("kl", "generator")
+    for kind in kinds:
         path = os.path.join(args.source, f"{kind}.pt")
         content = read(path)
         if "format" not in content:
@@ -349,7 +359,7 @@ def main():
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
         content.pop("checksum")
         if "tokenizers" in content:  # whose weights have just been rounded
-            rounded = {k: load(os.path.join(args.target, f"{k}.pt"), k)[1] for k in ("vq", "kl")}
+            rounded = {k: load(os.path.join(args.target, f"{k}.pt"), k)[1] for k in ("vq", "kl") if k in kinds}
             content["tokenizers"] = {k: checksum(state) for k, state in rounded.items()}
         write(os.path.join(args.target, f"{kind}.pt"), content)
         print(f"{args.target}/{kind}.pt  {os.path.getsize(os.path.join(args.target, f'{kind}.pt')) / 1e6:.1f} MB")

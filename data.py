@@ -14,6 +14,7 @@ which one node writes: two nodes that write the same page of a shared file may u
 
     codes-000.npy    [n, 2, L]        uint16   labels-000.npy [n] int32, -1 where the image could not be read
     moments-000.npy  [n, 2, 2C, h, w] float16  sums-000.npy   [n, 2] uint32, CRC-32 of an entry's codes and moments
+    done-000.npy     [n/64] uint8, 1 for each chunk of 64 images that is all there, by which a stopped command goes on
     header.json      what it was made from and with, and which images could not be read
 
 Every read checks the sum of its entry. Caches of format 1 are one part, without numbers in the names and without sums.
@@ -22,6 +23,7 @@ Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which 
 seed alone.
 """
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -29,11 +31,12 @@ import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from math import pi
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import checkpoints
@@ -59,14 +62,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((x, y, x + size, y + size))
 
 
-def read_image(path: str, size: int | None) -> np.ndarray | None:
+def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
     """-> uint8 [3, size, size], or None if the file is no readable image, or too large. Transparency falls on white.
 
-    size None leaves the picture as it is."""
+    size None leaves the picture as it is. upright: turned as a camera's note in it (EXIF) says; ADM's loader ignores
+    that, and so do training and measuring.
+    """
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            enlarged = max(1, size / min(image.size)) if size else 1  # a narrow strip grows before it is cut
+            if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
+            if upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -103,14 +111,20 @@ def find_images(root: str):
         raise UserError(f"{root}/classes.tsv gives the id {max(ids, key=ids.count)} twice; every class needs its own.")
     if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/classes.tsv has no line for the folder {min(unknown)}; add one or remove the file.")
-    paths, labels = [], []
-    for label, folder in enumerate(f for f in classes if f in folders):
-        files = sorted(f for f in os.listdir(os.path.join(root, folder)) if f.lower().endswith(EXTENSIONS))
+    classes, paths, labels = {f: v for f, v in classes.items() if f in folders}, [], []
+    for label, folder in enumerate(classes):
+        try:
+            names = os.listdir(os.path.join(root, folder))
+        except OSError as error:
+            raise UserError(f"cannot read {root}/{folder}: {error.strerror}.") from None
+        files = sorted(f for f in names if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+        if not files:
+            print0(f"note: {root}/{folder} holds no images; it counts as a class all the same")
         paths += [f"{folder}/{f}" for f in files]
         labels += [label] * len(files)
     if not paths:
         raise UserError(f"{root} holds no images; it needs one folder per class with PNG, JPEG or WebP files in it.")
-    return paths, labels, [v for f, v in classes.items() if f in folders]
+    return paths, labels, list(classes.values())
 
 
 # ------------------------------------------------------------------------------------------- which images, and when
@@ -152,7 +166,7 @@ class Folder:
             if self.paths[image] not in self.unreadable:
                 self.unreadable[self.paths[image]] = None
                 print0(f"note: {self.root}/{self.paths[image]} cannot be read; the next image takes its place")
-                refuse_many(list(self.unreadable), self.paths)
+            refuse_many(list(self.unreadable), self.paths)
             image = (image + 1) % len(self.paths)
         return pixels[:, :, ::-1] if view else pixels
 
@@ -206,10 +220,10 @@ def ahead(load, steps):
     """Yields load(step) for each step, the next one being loaded by a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
         steps = iter(steps)
-        waiting = [thread.submit(load, s) for _, s in zip(range(2), steps)]
+        waiting = [thread.submit(load, s) for s in islice(steps, 2)]
         while waiting:
             yield waiting.pop(0).result()
-            waiting += [thread.submit(load, s) for _, s in zip(range(1), steps)]
+            waiting += [thread.submit(load, s) for s in islice(steps, 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
@@ -230,6 +244,8 @@ def read_header(path: str) -> dict:
         raise UserError(f"{path} is not a token cache; make one: {command}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}/header.json is damaged; make the cache again with data.py.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}/header.json: {error.strerror}.") from None
 
 
 def write_header(path: str, header: dict):
@@ -268,7 +284,9 @@ def open_arrays(path: str, h: dict, p: int, mode: str) -> dict:
             array = np.lib.format.open_memmap(file, "r")  # r+ would fill up a file cut short with zeros
             if array.shape == shape and array.dtype == dtype and array.flags.c_contiguous:
                 arrays[name] = np.lib.format.open_memmap(file, mode)
-        except Exception:  # numpy reads the header of a damaged file as best it can
+        except Exception as error:  # numpy reads the header of a damaged file as best it can
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise UserError(f"cannot open {file}: {error.strerror}.") from None
             raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again.") from None
         if name not in arrays:
             raise UserError(f"{file} does not fit its header; remove {path} and make the cache again.")
@@ -331,7 +349,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
     chunks = [(p, c) for p in mine for c in range(rank, len(arrays[p]["done"]), ranks) if not arrays[p]["done"][c]]
     threads = ThreadPoolExecutor(4)
     read = lambda path: read_image(os.path.join(images, path), size)
-    place = lambda p, c: slice(p * PART + c * CHUNK, min(p * PART + (c + 1) * CHUNK, (p + 1) * PART))  # of all images
+    place = lambda p, c: slice(p * PART + c * CHUNK, p * PART + (c + 1) * CHUNK)  # of all images
     load = lambda chunk: list(threads.map(read, paths[place(*chunk)]))
     bad, look = [], dict(unit=" images", desc="tokenise", disable=world.rank > 0)
     with tqdm(total=len(chunks) * CHUNK, **look) as bar:
@@ -341,7 +359,8 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
             refuse_many(bad, paths, f", then remove {out} and run again")
             good = np.array([i for i, x in enumerate(pixels) if x is not None], dtype=int)
             rows = c * CHUNK + good
-            a["labels"][np.delete(c * CHUNK + np.arange(len(pixels)), good)] = -1
+            known = zip(labels[place(p, c)], pixels)
+            a["labels"][c * CHUNK:][:len(pixels)] = [label if x is not None else -1 for label, x in known]
             if len(good):
                 x = to_float(np.stack([pixels[i] for i in good])).to(world.device)
                 for view, y in enumerate((x, x.flip(-1))):
@@ -469,6 +488,8 @@ def main():
     if args.toy is not None:
         if args.toy < 1:
             raise UserError("--toy needs a number of pictures of at least 1.")
+        if args.dry_run:
+            return print(f"{args.toy:,} toy pictures of 10 classes -> {args.out}")
         try:
             return write_toy(args.toy, args.out)
         except OSError as error:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runtime import Linear
+from runtime import Linear  # torch's, faster for few rows on a CPU
 
 T = 1000    # training timesteps
 ROWS = 1024  # steps x tokens of one adaLN product in sampling, about: a row takes (3 * depth + 2) * width floats

@@ -25,6 +25,7 @@ import platform
 import re
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -242,7 +243,7 @@ class Statistics:
     products: torch.Tensor | int = 0                                                # [D, D]
 
     def add(self, rows):
-        rows = rows.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
         self.n += len(rows)
         self.total = self.total + rows.sum(0)
         self.products = self.products + rows.T @ rows
@@ -334,7 +335,7 @@ def precision_recall(real, fake, k: int = 3):
         d = torch.cdist(block, real)                                                # [1000, N]
         precise.append((d <= real_radius).any(1))
         recalled |= (d <= radius[:, None]).any(0)
-    return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
+    return float(torch.cat(precise).cpu().double().mean()), float(recalled.cpu().double().mean())
 
 
 def psnr_ssim(a, b):
@@ -376,15 +377,15 @@ def open_images(path: str, crop: int | None = None, jpeg: bool = False) -> Image
 def open_folder(root, crop, jpeg):
     if not os.path.isdir(root):
         raise UserError(f"{root} is neither a folder of pictures nor an .npz or .pt file.")
-    files = sorted(os.path.relpath(os.path.join(folder, f), root)
-                   for folder, _, found in os.walk(root, followlinks=True)
-                   for f in found if f.lower().endswith(LOSSLESS + LOSSY) and not f.startswith("."))
+    files = sorted(name for folder, _, found in os.walk(root, followlinks=True) for f in found
+                   if f.lower().endswith(LOSSLESS + LOSSY)
+                   and not re.search(r"(^|[/\\])\.", name := os.path.relpath(os.path.join(folder, f), root)))  # hidden
     if not files:
         raise UserError(f"{root} holds no pictures ({', '.join(LOSSLESS)}).")
     if not jpeg and (lossy := [f for f in files if f.lower().endswith(LOSSY)]):
         raise UserError(f"{root} holds {len(lossy)} compressed pictures, e.g. {lossy[0]}, and a FID sees the losses; "
                         f"save pictures as PNG, or give --jpeg if these are the originals.")
-    settings = sample.read_settings(root)
+    settings = drawn_by(root)
     if settings and len(files) < settings.get("num", 0):
         raise UserError(f"{root} holds {len(files)} of {settings['num']} pictures; run the same sample.py command "
                         f"again, it goes on.")
@@ -402,13 +403,23 @@ def open_folder(root, crop, jpeg):
         return torch.from_numpy(np.stack(images))
 
     size = [*read(files[0]).shape[1:]]
+    if gone := [f for f in files if not os.path.exists(os.path.join(root, f))]:
+        raise UserError(f"{root}/{gone[0]} is a link to a file that is not there; make it again or remove it.")
     content = [[f, os.path.getsize(os.path.join(root, f))] for f in files]
     return Images(len(files), size, load, about(root, text_hash(content), map(os.path.dirname, files), settings), files)
 
 
+def drawn_by(folder) -> dict | None:
+    """What sample.py says of its pictures in a folder."""
+    settings = sample.read_settings(folder)
+    if settings and settings.get("coarse"):
+        raise UserError(f"{folder} holds pictures with their codes beside them; draw them without --show-coarse.")
+    return settings
+
+
 def open_archive(path):
     """arr_0 of an .npz, read piece by piece: 50,000 pictures of 256 pixels are 10 GB. arr_1: class ids, if there."""
-    damaged = (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile)
+    damaged = (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile, zlib.error)
     try:
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
@@ -430,7 +441,7 @@ def open_archive(path):
             raise UserError(f"{path} is damaged, make it again: {error}.") from None
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
-    settings = sample.read_settings(path.removesuffix(".npz"))
+    settings = drawn_by(path.removesuffix(".npz"))
     return Images(shape[0], [*shape[1:3]], load, about(path, file_hash(path), labels, settings))
 
 
@@ -501,7 +512,7 @@ def read_arrays(path) -> dict:
             with np.load(path) as archive:
                 wanted = set(archive.files) & {"mu", "sigma", "mu_s", "sigma_s", "about", "arr_0"}
                 return {k: archive[k] if k != "arr_0" else None for k in wanted}
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is no .npz file, or is damaged: {error}.") from None
     reconstruct = np.empty(0).__reduce__()[0]  # NumPy 1 and 2 pickle it under different names
     names = [(reconstruct, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")]
@@ -656,10 +667,10 @@ def report(args, images: Images, reference: Reference | None, figures, model, wo
               "reference": reference and reference.about, "reconstructed": args.reconstruct, "inception": model.about,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds}
-    write_file(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
     for row, values in figures.items():
         for name, text in labelled(values, n).items():
             print0(f"{row:12} {name:12} {text}")
+    write_file(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: a FID falls with the number of pictures; papers use 50,000, and {n} compare only with {n}")
     fewest = min(n, reference and reference.about.get("images") or n)
@@ -712,13 +723,17 @@ def main():
     sample.add_sampling_flags(draw)
     args = parser.parse_args()
     if args.table:
+        if not args.paths:
+            raise UserError("--table takes the result files to put into it.")
         return print(table(args.paths))
     resize, default = PROTOCOLS[args.protocol]
     modes = [args.run, args.save, args.reconstruct]
     drawing = [getattr(args, name) for name in ("num", "class_", "seed", *(f.name for f in fields(Sampling)))]
     checks = [(modes.count(None) >= 2, "take one of --run, --save and --reconstruct"),
               (args.run or drawing == [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
-              (not args.metrics or not (args.save or args.reconstruct), "--metrics is for generated pictures")]
+              (not args.metrics or not (args.save or args.reconstruct), "--metrics is for generated pictures"),
+              (not args.save or args.save.endswith(".npz"), "--save takes FILE.npz"),
+              (not args.reconstruct or not args.crop or args.crop >= 11, "SSIM needs a --crop of at least 11 pixels")]
     args.metrics = args.metrics.split(",") if args.metrics else default
     args.compares = not args.save and not args.reconstruct and args.metrics != ["is"]
     paths, last = (not args.run) + args.compares, (args.paths or [""])[-1]

@@ -239,21 +239,21 @@ class Generator(nn.Module):
         """
         c, device = self.cfg, classes.device
         B, L = len(classes), c.grid**2
-        K = 0 if keep is None else self._visible_first(~keep)[1]         # kept positions
-        if not 1 <= iterations <= L - K:
-            raise ValueError(f"iterations must be between 1 and the {L - K} tokens to draw, not {iterations}")
+        kept = 0 if keep is None else self._visible_first(~keep)[1]      # kept positions
+        if not 1 <= iterations <= L - kept:
+            raise ValueError(f"iterations must be between 1 and the {L - kept} tokens to draw, not {iterations}")
         if schedule not in ("linear", "constant"):
             raise ValueError(f"guidance schedule must be linear or constant, not {schedule!r}")
         steps = [steps] * iterations if isinstance(steps, int) else steps
         if orders is None:
             draw = lambda g, b: torch.rand(b, L, generator=g, device=g.device if g else device)
             orders = per_image(generator, B, draw).to(device).argsort(1)
-        if K:  # to the end of the order, which is walked first
+        if kept:  # to the end of the order, which is walked first
             orders = orders.gather(1, keep.gather(1, orders).byte().argsort(dim=1, stable=True))
-        hidden = hidden_counts(L - K, iterations)                        # [m_0, ..., 0]: hidden after each iteration
+        hidden = hidden_counts(L - kept, iterations)                     # [m_0, ..., 0]: hidden after each iteration
         # Positions in the order of generation; within an iteration in raster order, which the rows of noise follow.
         # Iteration k sees walk[:, :bounds[k]] and draws walk[:, bounds[k]:bounds[k + 1]]: slices, no indexing.
-        bounds = [K] + [L - m for m in hidden]
+        bounds = [kept] + [L - m for m in hidden]
         walk = orders.flip(1)
         walk = torch.cat([walk[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)], dim=1)
         raster = walk.argsort(1)                                         # the way back
@@ -262,8 +262,8 @@ class Generator(nn.Module):
         guided = cfg != 1.0
         both = joined(alone, null or self.null_condition()) if guided else None
         latents = torch.zeros(B, L, c.token_dim, device=device)          # in the order of `walk`
-        if K:
-            latents[:, :K] = rows_at(known, walk[:, :K])
+        if kept:
+            latents[:, :kept] = rows_at(known, walk[:, :kept])
         for k, (V, end) in enumerate(zip(bounds, bounds[1:])):
             # MAR counts at least 1 hidden token, so that a linear schedule ends just below cfg
             scale = 1 + (cfg - 1) * (L - max(hidden[k], 1)) / L if schedule == "linear" else cfg

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
+PATIENCE = timedelta(hours=2)  # of a rank in a collective: rank 0 writes files and measures while the others wait
 PULSE = None  # this process's `Pulse`, when there are several
 
 
@@ -57,8 +58,8 @@ def setup(device: str | None = None) -> World:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", device):
         raise UserError(f"--device must be cuda, cuda:N, mps or cpu, not {device}.")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("there is no mps: this PyTorch sees no Apple GPU.")
+    if device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
+        raise UserError("there is no mps here: it takes an Apple GPU that PyTorch sees, and a single process.")
     if device.startswith("cuda"):
         device = f"cuda:{local}" if ranks > 1 or device == "cuda" else device
         if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
@@ -67,10 +68,9 @@ def setup(device: str | None = None) -> World:
         torch.backends.cudnn.allow_tf32 = True  # tokenizers' convolutions; products: see diffloss.tf32
     rank = 0
     if ranks > 1:
-        # a long timeout: rank 0 writes files and measures while the others wait
         rank, start, store = meet()
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
-                                world_size=ranks, timeout=timedelta(hours=2))
+                                world_size=ranks, timeout=PATIENCE)
         global PULSE
         PULSE = Pulse(rank, ranks, start)
     return World(torch.device(device), rank, ranks)
@@ -216,9 +216,23 @@ def write_file(path: str, fill, kept: str | None = None):
 
 
 def sweep(folder: str):
-    """Removes the temporary files of writers that were killed. For one rank, before anything is written."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp[0-9]*"), recursive=True):
-        os.unlink(path)
+    """Removes what writers that were killed have left in a folder and in those in it. For one rank."""
+    for inside in ("*", os.path.join("*", "*")):
+        for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
+            pid = path.rpartition(".tmp")[2]
+            if pid.isdigit() and os.path.isfile(path) and not is_alive(int(pid)):
+                os.unlink(path)
+
+
+def is_alive(pid: int) -> bool:
+    """Does a process of this number run on this machine?"""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def log(path: str, **record):
@@ -280,7 +294,7 @@ def whole(value):
     return full.cpu() if is_first() else None
 
 
-def share(optimizer):
+def shard_moments(optimizer):
     """Of moments that came whole from a file, keeps the share that belongs to this rank's parameters."""
     from torch.distributed.tensor import distribute_tensor
 
@@ -341,7 +355,9 @@ class Pulse:
 
 def is_restart() -> bool:
     """For rank 0, once a process: has torchrun started the same command before?"""
-    return PULSE is not None and PULSE.job.add("starts", 1) > 1
+    if PULSE is None:
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return PULSE.job.add("starts", 1) > 1  # that variable counts per node
 
 
 class Watch:
@@ -358,7 +374,7 @@ class Watch:
         self.skipped, self.reported = scalar(skipped), skipped    # steps that were not finite: now; at the last report
         self.in_row, self.longest = scalar(), scalar()            # of those, the last ones in a row; most in a row
         self.norm = scalar()                                      # of the last step's gradient
-        self.hosts = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
         self.signal, self.answer = torch.zeros((), dtype=torch.long), None  # received here; by any rank, a step ago
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)

@@ -16,6 +16,7 @@ A picture depends on (seed, its index) and the kind of device, to rounding: not 
 Other flags override what the run recommends (`presets.Sampling`).
 """
 import argparse
+import glob
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
-from data import read_image, to_float
+from data import center_crop, read_image, to_float
 from diffloss import Graphs
 from generator import Block, Generator, Prepared
 from presets import Sampling
@@ -99,13 +100,16 @@ def check_fit(path, run: Run):
     """The files of a run directory must belong together."""
     g, kl = run.generator.cfg, run.kl.cfg
     problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
+                (run.vq and run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
                 (kl.z_channels != g.token_dim, f"kl.pt has {kl.z_channels} channels, generator.pt {g.token_dim}")]
     if run.prior:
         vq, prior = run.vq.cfg, run.prior.cfg
         problems += [(vq.codebook_size != g.vocab, f"vq.pt has {vq.codebook_size} codes, generator.pt {g.vocab}"),
                      (prior.vocab != g.vocab, f"prior.pt has {prior.vocab} codes, generator.pt {g.vocab}"),
                      (prior.classes != g.classes, f"prior.pt has {prior.classes} classes, generator.pt {g.classes}"),
-                     (prior.grid != g.grid, f"prior.pt has {prior.grid**2} tokens an image, generator.pt {g.grid**2}")]
+                     (prior.grid != g.grid, f"prior.pt has {prior.grid**2} tokens an image, generator.pt {g.grid**2}"),
+                     (run.prior.about.get("classes", run.classes) != run.classes,
+                      "prior.pt and generator.pt have other classes, or another order of them")]
     for model in (run.prior, run.generator):
         for kind, tokenizer in (("vq", run.vq), ("kl", run.kl)):
             trained_with = model.about.get("tokenizers", {}).get(kind) if model and tokenizer else None
@@ -139,21 +143,23 @@ def find_classes(classes: list, text: str) -> list[int]:
 def start_from(run: Run, path: str, mask: str | None = None) -> Start:
     """--edit, with a mask: codes and latents where it is white. --like, without: all codes, no latents."""
     f, h = run.kl.stride, run.generator.cfg.grid
-    sizes = []
+    pictures = []
     for file in [path, mask] if mask else [path]:
-        if not os.path.isfile(file) or read_image(file, 1) is None:
+        pixels = read_image(file, None, upright=True)                                            # [3, H, W]
+        if pixels is None:
             raise UserError(f"{file} is not there, or is no readable image.")
-        with Image.open(file) as image:
-            sizes.append(image.size)
-    if len(set(sizes)) > 1:
-        raise UserError(f"{mask} must be as large as {path}: {sizes[0][0]} x {sizes[0][1]} pixels.")
+        pictures.append(Image.fromarray(pixels.transpose(1, 2, 0)))
+    if len({p.size for p in pictures}) > 1:
+        raise UserError(f"{mask} must be as large as {path}: {pictures[0].width} x {pictures[0].height} pixels.")
+    pixels, *white = (np.asarray(center_crop(p, h * f)).transpose(2, 0, 1).copy() for p in pictures)
     keep = torch.zeros(h, h, dtype=torch.bool, device=run.device)
-    if mask:  # a token stays if all of its pixels do
-        white = torch.from_numpy(read_image(mask, h * f).min(0) >= 128).to(run.device)           # [h*f, h*f]
+    if mask:  # a token stays if all of its pixels do, after the crop to what the run draws
+        white = torch.from_numpy(white[0].min(0) >= 128).to(run.device)                          # [h*f, h*f]
         keep = white.view(h, f, h, f).all(3).all(1)                                              # [h, h]
         if keep.all():
             raise UserError(f"{mask} keeps all {h * h} tokens; black in it says what to draw anew.")
-    pixels = read_image(path, h * f)
+        if not keep.any():
+            raise UserError(f"{mask} keeps none of the {h * h} tokens; white in it says what stays.")
     x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
     # the mean of the posterior, so that a picture has one reading
     latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.cfg.z_channels, h, h, device=run.device))[0]
@@ -274,10 +280,13 @@ def same_settings(out, settings, num, world):
     `num`, the most pictures asked for so far, lets fid.py see that some are missing.
     """
     if world.rank == 0:
-        sweep(out)
-        there = read_settings(out) or {}
+        there = read_settings(out)
+        if there is None and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png")):
+            raise UserError(f"{out} holds pictures that sample.py knows nothing of; choose another --out.")
+        there = there or {}
         if changed := [k for k in settings if there and there.get(k) != settings[k]]:
             raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
+        sweep(out)
         content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
         write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))
     barrier()
@@ -301,7 +310,8 @@ def choose_sampling(args, run: Run) -> Sampling:
               (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
               (s.prior_temperature > 0 and s.temperature >= 0,
                "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
-              (math.isfinite(s.cfg) and math.isfinite(s.prior_cfg), "--cfg and --prior-cfg must be finite"),
+              (all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
+               "--cfg, --prior-cfg and the temperatures must be finite"),
               (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
     for fine, text in checks:
         if not fine:
@@ -336,6 +346,8 @@ def main():
     s = choose_sampling(args, run)
     if args.num is not None and args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1.")
+    if "" in (args.edit, args.keep, args.like):
+        raise UserError("--edit, --keep and --like take the name of a file.")
     if (args.edit is None) != (args.keep is None):
         raise UserError("--edit IMAGE and --keep MASK need each other.")
     if args.edit and args.like:

@@ -278,7 +278,10 @@ class KL(Autoencoder):
         return self.to_images((latents / self.cfg.scale).mT.reshape(B, C, isqrt(L), isqrt(L)))
 
     def loss(self, images, noise=None):
-        """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian (LDM's weight; it adds LPIPS and a GAN)."""
+        """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
+
+        The number is LDM's, but beside its L1, summed over pixels and colours, it weighs 3HW times less than here.
+        """
         moments = self.to_grid(images)
         mean, logvar = self.posterior(moments)
         z = self.sample(moments, noise) / self.cfg.scale

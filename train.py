@@ -44,7 +44,7 @@ from diffloss import T as TIMESTEPS, HeadNet, tf32
 from fusion import FUSIONS, Attention
 from presets import PRESETS
 from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
-                     print0, rng, run_script, setup, share, spread, step_unless, sweep, whole)
+                     print0, rng, run_script, setup, shard_moments, spread, step_unless, sweep, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -53,6 +53,7 @@ from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 #   data                         len() images and batch(sample numbers) -> tensors
 #   trained                      the models that learn, by kind: what DDP, the optimizer, the EMA and the files see
 #   about                        what their files say besides config and weights
+#   condition, true_share        stage 2: which codes it trains on
 #   decays(name, parameter)      does weight decay apply
 #   start()                      once, before the first step of a new run
 #   forward(step, rows, *batch)  loss of the rows (a slice) of this step's global batch
@@ -96,9 +97,9 @@ class Tokenizers(nn.Module):
 
     def after(self, step, total, ema):
         """Every 100 steps, codes that nothing chose move onto encoded patches; until half-way, so that they settle."""
-        vq = self.trained["vq"] if "vq" in self.trained else None
-        if vq is None or (step + 1) % 100 or step > total / 2:
+        if "vq" not in self.trained or (step + 1) % 100 or step > total / 2:
             return {}
+        vq = self.trained["vq"]
         vq.usage = all_mean(vq.usage)
         images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
         moved = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
@@ -137,9 +138,10 @@ class OnCache(nn.Module):
 
     def __init__(self, args, preset, world):
         super().__init__()
-        self.args, self.device, self.sampling = args, world.device, preset.sampling
+        self.args, self.device = args, world.device
         self.data = Cache(args.data, args.seed)
         self.class_names, self.grid = self.data.classes, self.data.header["grid"]
+        self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, self.grid**2))
         self.frozen = {}  # a plain dict: these models stay in eval mode, out of DDP, the optimizer and the files
         for kind in ("vq", "kl"):
             self.load_frozen(kind)
@@ -209,6 +211,10 @@ class GeneratorStage(OnCache):
             if (p.grid, p.vocab, p.classes) != wanted:
                 raise UserError(f"{args.run}/prior.pt has grid, codes and classes {(p.grid, p.vocab, p.classes)}, the "
                                 f"cache {wanted}; train a prior on this cache (stage 1).")
+            for what, mine in self.about.items():  # classes, tokenizers; official files do not say
+                if self.frozen["prior"].about.get(what, mine) != mine:
+                    raise UserError(f"{args.run}/prior.pt was trained with other {what} than the cache has; train a "
+                                    "prior on this cache (stage 1, --fresh).")
         elif reads_codes:
             print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
         code_dim = self.frozen["prior"].cfg.dim if "prior" in self.frozen else preset.prior.dim
@@ -300,7 +306,7 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
     parser.add_argument("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among "
-                        "the ranks (FSDP2), for what outgrows one GPU")
+                        "the ranks (FSDP2), for models that fit on one GPU but whose training does not")
     parser.add_argument("--fresh", action="store_true", help="start over; what the stage has made so far is moved to "
                         "RUN/before-N")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
@@ -308,10 +314,12 @@ def parse_args():
     args.run = args.run or os.path.join("runs", args.preset)
     if args.data is None and args.stage == 0:
         raise UserError("stage 0 trains on an image folder: give --data DIR.")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError("--seed must be at least 0, and below 2**63.")
     if args.only and args.stage != 0:
         raise UserError("--only vq or kl is for stage 0.")
+    if (args.fusion or args.condition) and args.stage != 2:
+        raise UserError("--fusion and --condition are for stage 2.")
     if args.shard and (args.stage == 0 or "LOCAL_RANK" not in os.environ):
         raise UserError("--shard is for stages 1 and 2 under torchrun.")
     args.data = args.data or os.path.join("data", "cache")
@@ -338,7 +346,7 @@ def main():
                         f"change --batch.")
     micro = args.batch // (world.size * args.accumulate)
 
-    agree((args.batch, args.accumulate, args.seed), "--batch, --accumulate or --seed")
+    agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
     if not args.dry_run:
         try:
             os.makedirs(args.run, exist_ok=True)
@@ -360,13 +368,17 @@ def main():
         return
 
     state_path = os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
+    weights = [os.path.join(args.run, f"{kind}.pt") for kind in stage.trained]
     if world.rank == 0:
         sweep(args.run)
         if args.fresh and not is_restart():
-            checkpoints.set_aside([state_path, checkpoints.previous(state_path),
-                                   *(os.path.join(args.run, f"{kind}.pt") for kind in stage.trained)])
+            checkpoints.set_aside([state_path, checkpoints.previous(state_path), *weights])
     barrier()
     state = checkpoints.newest(state_path)
+    first = state.get("step") if state else 0
+    agree(first, "the step to resume at")
+    if state is None and world.rank == 0:
+        checkpoints.set_aside(weights)  # which another training made
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
     configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
@@ -406,16 +418,13 @@ def main():
     groups = [{"params": [p for n, p in learning if stage.decays(n, p)], "weight_decay": recipe.weight_decay},
               {"params": [p for n, p in learning if not stage.decays(n, p)], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=world.device.type != "mps")
-    first = 0
     if state is not None:
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = world.device.type != "mps"  # else loading takes the word of a file from another device
         optimizer.load_state_dict(state["optimizer"])
         if args.shard:
-            share(optimizer)
-        first = state["step"]
+            shard_moments(optimizer)
         print0(f"resuming {state_path} at step {first:,}")
-    agree(first, "the step to resume at")
     watch = Watch(world, state.get("skipped", 0) if state else 0)
     del state  # gigabytes
 
@@ -466,7 +475,7 @@ def main():
         return slice(start, start + micro)
 
     order = ((step, k) for step in range(first, steps) for k in range(args.accumulate))
-    numbers = lambda step, k: range(step * args.batch + rows(k).start, step * args.batch + rows(k).stop)
+    numbers = lambda step, k: range(step * args.batch, (step + 1) * args.batch)[rows(k)]
     pin = lambda x: x.pin_memory() if world.device.type == "cuda" else x  # copies to the GPU then need no waiting
     batches = ahead(lambda where: [pin(x) for x in stage.data.batch(numbers(*where))], order)
     bar = tqdm(total=steps, initial=first, disable=world.rank > 0, desc=f"stage {args.stage}", unit=" steps",
@@ -481,7 +490,7 @@ def main():
         for k in range(args.accumulate):
             # dropout: a seed of its own for every step and pass; equal passes on any number of ranks draw the same
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows(k).start).initial_seed())
-            batch = [x.to(world.device, non_blocking=True) for x in next(batches)]
+            batch = [x.to(world.device, non_blocking=world.device.type == "cuda") for x in next(batches)]
             with passes(loss_of, last=k == args.accumulate - 1), autocast(world.device):
                 loss = loss_of(step, rows(k), *batch) / args.accumulate
             with tf32():  # gradients of the head's first and last layer too; their values are not amplified
@@ -498,14 +507,15 @@ def main():
         done, stop = step + 1, watch.asked_to_stop()
         save_now = done % args.save_every == 0 or done == steps or stop
         if done % args.log_every == 0 or save_now:  # besides saves and pictures, what waits for the device
-            loss, skipped, row = watch.report()
+            loss, skipped, bad_in_row = watch.report()
             speed = seen * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             if world.rank == 0:
                 log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
                     grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             seen, clock, notes = 0, time.time(), {}
-            save_now = save_now and (not row or done == steps or stop)  # not while it is open whether this run recovers
+            # not while it is open whether this run recovers
+            save_now = save_now and (not bad_in_row or done == steps or stop)
         before = time.time()
         if save_now:
             save(done)

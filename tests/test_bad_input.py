@@ -114,6 +114,13 @@ def folder_that_classes_tsv_lacks(c):
 
 
 @case("classes.tsv", "folder, id")
+def classes_tsv_without_a_name(c):
+    root = copy_images(c)
+    open(f"{root}/classes.tsv", "w").write("folder\tid\tname\nwarm_disc\t1\n")
+    return tokenise(c, root)
+
+
+@case("classes.tsv", "folder, id")
 def classes_tsv_with_other_columns(c):
     root = copy_images(c)
     open(f"{root}/classes.tsv", "w").write("name,number\ncat,3\n")
@@ -408,6 +415,11 @@ def mask_of_another_size(c):
     return edited(c, (32, 40), 0)
 
 
+@case("mask.png keeps none of the 16 tokens")
+def mask_that_keeps_nothing(c):
+    return edited(c, (40, 40), 0)
+
+
 @case("mask.png keeps all 16 tokens")
 def mask_that_keeps_all(c):
     return edited(c, (40, 40), 255)
@@ -429,6 +441,51 @@ def cuda_without_a_gpu(c):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     return train(c, 2, "--device", "cuda")
+
+
+@case("--fusion and --condition are for stage 2")
+def condition_in_stage_1(c):
+    return train(c, 1, "--condition", "ground_truth")
+
+
+def other_prior(c, what, value):
+    """A run whose prior.pt says that it was trained with something else."""
+    run = c.copy_run("vq", "kl", "prior")
+    content = checkpoints.read(f"{run}/prior.pt")
+    del content["checksum"]
+    checkpoints.write(f"{run}/prior.pt", {**content, what: value})
+    return run
+
+
+@case("prior.pt was trained with other tokenizers")
+def prior_of_other_tokenizers(c):
+    return train(c, 2, run=other_prior(c, "tokenizers", {"vq": "another", "kl": "another"}))
+
+
+@case("prior.pt was trained with other classes")
+def prior_of_other_classes(c):
+    names = checkpoints.read(f"{c.toy.run}/prior.pt")["classes"]
+    return train(c, 2, run=other_prior(c, "classes", names[::-1]))
+
+
+@case("prior.pt and generator.pt have other classes")
+def sampling_with_a_prior_of_other_classes(c):
+    names = checkpoints.read(f"{c.toy.run}/prior.pt")["classes"]
+    run = other_prior(c, "classes", names[::-1])
+    shutil.copy(f"{c.toy.run}/generator.pt", run)
+    return sample(c, run=run)
+
+
+@case("pictures that sample.py knows nothing of")
+def folder_of_somebodys_pictures(c):
+    os.makedirs(f"{c.new}/1")
+    Image.new("RGB", (32, 32)).save(f"{c.new}/1/000000.png")
+    return *sample(c), "--out", c.new
+
+
+@case("same folder")
+def weights_onto_themselves(c):
+    return "checkpoints", c.toy.run, f"{c.toy.run}/."
 
 
 @case("no mps")

@@ -122,6 +122,32 @@ def test_broken_files_are_none(tmp_path, content):
     assert data.read_image(str(tmp_path / "a.png"), 32) is None
 
 
+def test_strip_that_the_crop_would_blow_up_is_none(tmp_path):
+    """8 x 20,000 pixels at 256: 164 million of them before the cut."""
+    Image.new("L", (8, 20_000)).save(tmp_path / "a.png")
+    assert data.read_image(str(tmp_path / "a.png"), 256) is None
+    assert data.read_image(str(tmp_path / "a.png"), 8).shape == (3, 8, 8)
+
+
+def test_orientation(tmp_path):
+    """Only `upright` obeys the note that a camera leaves."""
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(smooth(40, 40)).save(tmp_path / "a.png", exif=exif)
+    as_it_is, upright = (data.read_image(str(tmp_path / "a.png"), 40, upright) for upright in (False, True))
+    assert np.array_equal(upright, as_it_is[:, ::-1, ::-1]) and not np.array_equal(upright, as_it_is)
+
+
+def test_folder_without_a_readable_image_ends(toy, tmp_path):
+    for i in range(3):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / f"{i}.png").write_bytes(b"no picture")
+    folder = data.Folder(str(tmp_path), 32)
+    for _ in range(2):  # the second time all are known
+        with pytest.raises(UserError, match="images cannot be read"):
+            folder.batch(range(16))
+
+
 def test_truncated_files_are_none(tmp_path):
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.fromarray(smooth(90, 90)).save(tmp_path / name)
@@ -153,7 +179,7 @@ def test_classes_tsv_gives_ids_names_and_order(tmp_path):
 
 def test_other_files_are_no_images(tmp_path):
     root = make_folder(tmp_path, "cat")
-    for name in ("cat/notes.txt", "cat/.DS_Store", "list.txt"):
+    for name in ("cat/notes.txt", "cat/.DS_Store", "cat/._a.png", "list.txt"):
         (tmp_path / name).write_text("x")
     (tmp_path / ".cache").mkdir()
     shutil.copy(tmp_path / "cat/a.png", tmp_path / "cat/B.PNG")
@@ -233,7 +259,8 @@ def test_stopped_and_run_again_gives_the_same_cache(toy, tmp_path, script, works
 def test_only_chunks_that_are_not_done_are_written(toy, tmp_path, works, monkeypatch):
     out = shutil.copytree(toy.cache, tmp_path / "cache")
     done, codes = (np.load(out / f"{name}-000.npy", mmap_mode="r+") for name in ("done", "codes"))
-    done[1], codes[64:128] = 0, 0
+    labels = np.load(out / "labels-000.npy", mmap_mode="r+")
+    done[1], codes[64:128], labels[70] = 0, 0, -1  # as if an image could not be read then
     header = json.loads((out / "header.json").read_text())
     header = {k: v for k, v in header.items() if k not in ("checksum", "scale", "unreadable", "labels")}
     data.write_header(str(out), {**header, "complete": False})

@@ -73,10 +73,10 @@ def litter(folder):
     return [str(p) for p in Path(folder).rglob("*.tmp*")]
 
 
-def by_hand(code, size, **env):
+def by_hand(code, size, args=(), **env):
     """Starts `size` ranks of a program without torchrun, which would end the others when one dies."""
     port = str(random.randrange(20_000, 60_000))
-    start = lambda rank: subprocess.Popen([sys.executable, "-c", code], text=True, stderr=subprocess.PIPE, env={
+    start = lambda rank: subprocess.Popen([sys.executable, "-c", code, *args], text=True, stderr=subprocess.PIPE, env={
         **os.environ, **RANKS, "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(size), **env})
     return [start(rank) for rank in range(size)]
 
@@ -184,6 +184,31 @@ def test_ten_in_a_row_stop_and_keep_the_last_good_checkpoint(toy, copy_run, work
     assert before == {p.name: p.read_bytes() for p in Path(run).glob("*.pt")} and len(log(run)) == 4 + 9
 
 
+def test_weights_of_another_training_are_set_aside(toy, copy_run, works):
+    """A stage that starts anew where its weights lie already: they go to before-1."""
+    run = copy_run("vq", "kl", "prior")
+    assert "prior.pt moved to" in works(*command(toy, 1, run, 1))
+    assert_same(checkpoints.read(f"{run}/before-1/prior.pt"), checkpoints.read(f"{toy.run}/prior.pt"))
+
+
+def test_sweep_leaves_what_is_being_written(tmp_path):
+    """Temporary files of dead processes go; those of living ones stay, as does what only looks like one."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stays = {f"a.pt.tmp{os.getpid()}", "notes.tmp1x", "deep/er/a.pt.tmp1", "folder.tmp1/file"}
+    for name in (*stays, f"a.pt.tmp{dead.pid}", f"deep/b.png.tmp{dead.pid}"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    runtime.sweep(str(tmp_path))
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == stays
+
+
+def test_restart_of_one_process_is_known(monkeypatch):
+    assert not runtime.is_restart()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert runtime.is_restart()
+
+
 # ------------------------------------------------------------------------------------------------------------ ranks
 
 TWO_RANKS = """
@@ -217,6 +242,23 @@ def test_ranks_agree_and_a_dead_one_is_named():
     said = ranks[0].communicate(timeout=60)[1]
     assert ranks[0].returncode == 1 and time.monotonic() - start < 60
     assert "agreed" in said and "rank 1 has shown no sign of life" in said and "Traceback" not in said, said
+
+
+APART = """
+import os, sys, runtime, checkpoints
+def main():
+    world = runtime.setup("cpu")
+    state = checkpoints.newest(sys.argv[1] if world.rank == 0 else "nowhere.pt")
+    runtime.agree(state["step"] if state else 0, "the step to resume at")
+runtime.run_script(main)
+"""
+
+
+def test_ranks_with_other_disks_are_told(toy):
+    """One rank sees the training state, the other does not: a sentence, no waiting for each other."""
+    ranks = by_hand(APART, 2, args=[f"{toy.run}/train-2.pt"])
+    said = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [1, 1] and "the ranks disagree on the step to resume at" in said
 
 
 def test_restarted_ranks_meet_without_traces_of_dead_ones(monkeypatch):

@@ -350,8 +350,15 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     assert script("fid", folder.parent, "--metrics", "is").code == 0  # any depth
     os.remove(folder / "1" / "000022.png")
     assert "holds 23 of 24 pictures; run the same sample.py command again" in refused(folder)
+    (folder / "settings.json").write_text('{"coarse": true}')
+    assert "draw them without --show-coarse" in refused(folder)
     os.remove(folder / "settings.json")
+    (folder / ".hidden").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / ".hidden" / "a.png")  # is not looked at
     assert script("fid", folder, "--metrics", "is").code == 0
+    (folder / "z.png").symlink_to("nowhere.png")
+    assert "z.png is a link" in refused(folder)
+    os.remove(folder / "z.png")
     Image.new("RGB", (32, 32)).save(folder / "a.jpg")
     assert "1 compressed pictures, e.g. a.jpg" in refused(folder)
     assert script("fid", folder, "--metrics", "is", "--jpeg").code == 0

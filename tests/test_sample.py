@@ -10,6 +10,7 @@ from PIL import Image
 
 import checkpoints
 import sample
+from data import read_image
 from runtime import UserError
 
 QUICK = ("--iterations", 4, "--steps", 6)
@@ -135,7 +136,8 @@ def test_id_and_name_on_the_command_line(toy, works, tmp_path):
 def test_external_ids_name_the_folders(copy_run, works, tmp_path):
     """A run whose class 3 has the id 207 elsewhere."""
     run = copy_run()
-    edit(run, "generator", lambda content: content["classes"].__setitem__(3, [207, "golden retriever"]))
+    for kind in ("prior", "generator"):
+        edit(run, kind, lambda content: content["classes"].__setitem__(3, [207, "golden retriever"]))
     works("sample", "--run", run, "--class", "golden retriever", "--num", 1, "--out", tmp_path / "out", *QUICK)
     assert tree(tmp_path / "out") == ["207/000000.png"]
 
@@ -246,7 +248,7 @@ def picture(toy, tmp_path):
 
 def test_start_from(run, picture):
     path, mask = picture
-    image = torch.from_numpy(sample.read_image(str(path), 32))
+    image = torch.from_numpy(read_image(str(path), 32))
     edit, like = sample.start_from(run, str(path), str(mask)), sample.start_from(run, str(path))
     assert edit.keep.tolist() == [False] * 8 + [True] * 8 and not like.keep.any()
     codes = run.vq.encode(sample.to_float(image.numpy())[None])[0]
@@ -255,6 +257,11 @@ def test_start_from(run, picture):
     assert (edit.shown.images[0, :, :16] == 128).all()
     decoded = sample.to_uint8(run.kl.decode(edit.latents[None]))[0]
     assert (decoded.float() - image.float()).abs().mean() < 15
+    turned, exif = Image.open(path).transpose(Image.ROTATE_180), Image.Exif()  # as a camera held upside down
+    exif[0x0112] = 3
+    turned.save(mask.parent / "turned.png", exif=exif)
+    assert torch.equal(sample.start_from(run, str(mask.parent / "turned.png"), str(mask)).shown.images,
+                       edit.shown.images)
 
 
 def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
