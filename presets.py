@@ -78,7 +78,7 @@ TINY = Preset(
     (Recipe(32, 30, 8e-3, warmup=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, weight_decay=0.05, clip=1.0, ema=0.998),
      Recipe(64, 100, 2.4e-3, warmup=1.0, ema=0.999)),
-    Sampling(iterations=16, steps=25, cfg=3.0, temperature=0.9, prior_cfg=4.0, t_max=950))
+    Sampling(iterations=8, steps=25, cfg=3.0, temperature=0.9, prior_cfg=4.0, t_max=950))
 
 # Seconds on a CPU, for the tests: everything at its smallest.
 TOY = replace(

@@ -19,7 +19,7 @@ import torch
 from compare import PRESETS, TRUE, checkpoints, compare, data, measure, photographs, rng, script, slug, train_for
 
 TOKENIZER_SECONDS, SECONDS, COLUMNS = 200, 240, ("true", "frechet", "steps", "cpu")
-tiny = PRESETS["tiny"]
+tiny = replace(PRESETS["tiny"], sampling=replace(PRESETS["tiny"].sampling, iterations=16))
 recipe = lambda stage, **changes: tuple(replace(r, **changes) if i == stage else r for i, r in enumerate(tiny.recipes))
 of = lambda **changes: replace(tiny, generator=replace(tiny.generator, **changes))
 GENERATORS = {
@@ -34,13 +34,11 @@ GENERATORS = {
 both = lambda **changes: {kind: replace(getattr(tiny, kind), **changes) for kind in ("vq", "kl")}
 TOKENIZERS = {name: replace(tiny, recipes=recipe(0, warmup=0.1), **changes) for name, changes in {
     "8x8x32, 512 codes": {},
-    "64 channels": both(ch=64),
-    "256 codes": dict(vq=replace(tiny.vq, codebook_size=256)),
+    "32, 32, 64 channels": both(ch_mult=(1, 1, 2)),
     "2048 codes": dict(vq=replace(tiny.vq, codebook_size=2048)),
-    "8x8x16": dict(kl=replace(tiny.kl, z_channels=16)),
     "4x4x128": both(ch_mult=(1, 2, 2, 2), z_channels=128)}.items()}
 # The latents whose generators are compared, with the generator's preset.
-GRIDS = {"8x8x32": ("8x8x32, 512 codes", tiny), "8x8x16": ("8x8x16", tiny), "4x4x128": ("4x4x128", tiny),
+GRIDS = {"8x8x32": ("8x8x32, 512 codes", tiny), "4x4x128": ("4x4x128", tiny),
          "4x4x128, wide": ("4x4x128", of(dim=320, heads=5, head_width=512))}
 PRESETS.update({**GENERATORS, **TOKENIZERS, **{f"MAR {name}": preset for name, (_, preset) in GRIDS.items()}})
 
@@ -57,7 +55,6 @@ def reconstruct(path, images):
 
 def tokenizers(out, folder, pictures):
     images, classes = photographs(pictures, tiny.image_size)
-    results = {}
     for name in TOKENIZERS:
         path = f"{out}/{slug(name)}"
         if not os.path.exists(f"{path}/result.json"):
