@@ -458,7 +458,7 @@ def test_fifty_kills_of_training(toy, copy_run, works, kill_often):
 @pytest.mark.slow
 def test_twenty_kills_of_tokenising(toy, tmp_path, works, kill_often):
     images, out = str(tmp_path / "images"), str(tmp_path / "cache")
-    works("data", "--toy", 2000, "--out", images)
+    works("data", "--toy", 4000, "--out", images)
     make = lambda out: ("data", "--images", images, "--run", toy.run, "--out", out)
     kills, _ = kill_often(20, 1.2, *make(out))
     works(*make(whole := str(tmp_path / "whole")))
