@@ -160,7 +160,8 @@ def bench_d2c(args, preset):
 
 def mean_visible(L):
     """Tokens in sight in an average training step."""
-    return L - round(L * statistics.mean(generator.mask_ratio((i + 0.5) / 100) for i in range(100)))
+    low = generator.GeneratorConfig.mask_min
+    return L - round(L * statistics.mean(generator.mask_ratio((i + 0.5) / 100, low) for i in range(100)))
 
 
 def bench_train(args, preset):

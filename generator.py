@@ -295,7 +295,7 @@ def joined(condition: Prepared, null: Prepared) -> Prepared:
                     blocks(condition.encoder, null.encoder), blocks(condition.decoder, null.decoder))
 
 
-def mask_ratio(uniform, low=0.7):
+def mask_ratio(uniform, low):
     """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [low, 1], from uniform in [0, 1)."""
     d = NormalDist(1, 0.25)
     return d.inv_cdf(d.cdf(low) + uniform * (d.cdf(1.0) - d.cdf(low)))

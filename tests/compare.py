@@ -36,7 +36,7 @@ import data
 import sample
 from fid import frechet_distance
 from fusion import FUSIONS
-from generator import Generator, mask_ratio
+from generator import Generator, GeneratorConfig, mask_ratio
 from presets import PRESETS
 from runtime import rng, run_script
 from test_diffloss import on_meta
@@ -105,7 +105,8 @@ def measure(path, tokens, images):
     for part in parts:
         # hidden as in training; masks, t and noise are the same for all runs
         n, L, C = latents[part].shape
-        hidden = torch.rand(n, L, generator=g).argsort(1) < mask_ratio(float(torch.rand((), generator=g))) * L
+        order, uniform = torch.rand(n, L, generator=g).argsort(1), float(torch.rand((), generator=g))
+        hidden = order < mask_ratio(uniform, GeneratorConfig.mask_min) * L
         t, noise = torch.randint(1000, (4, n, L), generator=g), torch.randn(4, n, L, C, generator=g)
         losses.append([len(part) * float(run.generator.loss(latents[part], classes[part], c[part], hidden, t, noise))
                        for c in (codes, drawn, codes.roll(1, 0))])

@@ -48,7 +48,7 @@ def reconstruct(path, images):
     """A run with tokenizers -> dB of VQ and KL on images, and the codes that were used."""
     x, vq, kl = data.to_float(images.numpy()), *(checkpoints.load_model(f"{path}/{k}.pt", k) for k in ("vq", "kl"))
     codes, latents = vq.encode(x), kl.sample(kl.encode(x), generator=rng("cpu", "tokens"))
-    decibel = lambda y: -10 * float((((y.clamp(-1, 1) - x) / 2) ** 2).mean().log10())
+    decibel = lambda y: float(-10 * (((y.clamp(-1, 1) - x) / 2) ** 2).mean((1, 2, 3)).log10().mean())  # as fid.py
     return (codes, codes, latents), dict(vq=decibel(vq.decode(codes)), kl=decibel(kl.decode(latents)),
                                          used=len(codes.unique()))
 

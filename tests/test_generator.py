@@ -207,7 +207,7 @@ def test_mask_ratio(low):
     density = (-((x - 1) / 0.25) ** 2 / 2).exp()
     assert ratios.mean() == pytest.approx(float((x * density).sum() / density.sum()), abs=1e-3)
     assert (ratios < 0.85).double().mean() == pytest.approx(float(density[x < 0.85].sum() / density.sum()), abs=1e-3)
-    assert math.isclose(mask_ratio(0.0), 0.7) and math.ceil(mask_ratio(1 - 2**-24) * 256) == 256
+    assert math.isclose(mask_ratio(0.0, low), low) and math.ceil(mask_ratio(1 - 2**-24, low) * 256) == 256
 
 
 @every_fusion
@@ -310,7 +310,7 @@ def test_the_plain_loop(fusion, cfg, schedule, batch):
 
 def test_steps_of_each_iteration(batch):
     """Annealed steps, and no null branch while guidance is below cfg_from."""
-    model, (_, classes, codes, _) = make("qformer"), batch
+    model, (_, classes, codes, _) = make("cross_attention"), batch
     heads = []
     sample = model.head.sample
     model.head.sample = lambda z, z_null, cfg, steps, *rest, **how: (
@@ -320,7 +320,7 @@ def test_steps_of_each_iteration(batch):
     assert heads == [(5, False), (4, True), (2, True), (1, True)]  # guidance 1.25, 1.6, 2.3, 2.9
     every = model.generate(classes, codes, 4, steps, 3.0, generator=generators(B))
     none = model.generate(classes, codes, 4, steps, 1.0, generator=generators(B))
-    assert 1e-4 < relative(some, every) < relative(none, every)
+    assert 1e-2 < relative(some, every) < relative(none, every)
 
 
 @every_fusion
