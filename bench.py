@@ -125,7 +125,7 @@ def bench_prior(args, preset):
 
 def decoding(args, model, iterations):
     """-> the arguments of a guided `generate`, plain or ours, with all its random numbers."""
-    c, B, device = model.cfg, args.batch, args.device
+    c, B, device = model.config, args.batch, args.device
     counts = [c.grid**2] + hidden_counts(c.grid**2, iterations)
     noise = [torch.randn(args.steps + 1, B * (a - b), c.token_dim, device=device) for a, b in zip(counts, counts[1:])]
     codes = torch.randint(c.vocab, (B, c.grid**2), device=device)
@@ -140,7 +140,7 @@ def bench_generator(args, preset):
     how = decoding(args, model, args.iterations)
     yield compare(args, lambda: reference.generate(model, *how), lambda: model.generate(*how),
                   counted(lambda: model.generate(*how)), args.batch,
-                  f"{model.cfg.fusion}, batch {args.batch}, {args.iterations} iterations x {args.steps}")
+                  f"{model.config.fusion}, batch {args.batch}, {args.iterations} iterations x {args.steps}")
 
 
 def bench_d2c(args, preset):
@@ -148,7 +148,7 @@ def bench_d2c(args, preset):
     first = random_weights(prior.Prior(preset.prior)).to(args.device)
     second = random_weights(Generator(preset.generator)).to(args.device)
     mar = random_weights(Generator(replace(preset.generator, fusion="none"))).to(args.device)
-    how, plain = decoding(args, second, args.iterations), decoding(args, mar, min(4 * args.iterations, mar.cfg.grid**2))
+    how, plain = decoding(args, second, args.iterations), decoding(args, mar, min(4 * args.iterations, mar.config.grid**2))
 
     def ours():
         codes = first.generate(how[0], 2.0)
@@ -192,7 +192,7 @@ def bench_tokenise(args, preset):
         plain = random_weights(model).to(args.device)
         with tempfile.TemporaryDirectory() as folder:  # as data.py loads it
             kind = type(model).__name__.lower()
-            checkpoints.save(os.path.join(folder, "model.pt"), kind, model.cfg, model.state_dict())
+            checkpoints.save(os.path.join(folder, "model.pt"), kind, model.config, model.state_dict())
             ours = checkpoints.load_model(os.path.join(folder, "model.pt"), kind, args.device)
         yield compare(args, lambda: plain.encode(images), lambda: ours.encode(images),
                       counted(lambda: ours.encode(images)), args.batch, f"{kind}, {preset.image_size} pixels")

@@ -320,14 +320,14 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # of this node
     (node, rank), nodes = divmod(world.rank, ranks), world.size // ranks
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
-    if vq.cfg.codebook_size > 2**16:
-        raise UserError(f"{run}/vq.pt has {vq.cfg.codebook_size} codes; a cache holds at most 65,536.")
+    if vq.config.codebook_size > 2**16:
+        raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
     size = size if size is not None else kl.about.get("image_size", 256)
     if size < 1 or size % vq.stride or size % kl.stride or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     header = {"format": 2, "images": len(paths), "part": PART, "grid": size // kl.stride,
-              "channels": kl.cfg.z_channels, "size": size, "codebook": vq.cfg.codebook_size, "classes": classes,
+              "channels": kl.config.z_channels, "size": size, "codebook": vq.config.codebook_size, "classes": classes,
               "files": text_hash(paths), "vq": checkpoints.checksum(vq.state_dict()),
               "kl": checkpoints.checksum(kl.state_dict())}
     print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, two views of "
@@ -375,7 +375,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, dr
             bar.update(len(pixels))
     barrier()
     if world.rank == 0:
-        finish(out, header, paths, kl.cfg.scale)
+        finish(out, header, paths, kl.config.scale)
     barrier()
 
 

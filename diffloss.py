@@ -172,7 +172,7 @@ class HeadNet(nn.Module):
 class DiffusionHead(nn.Module):
     def __init__(self, c: HeadConfig):
         super().__init__()
-        self.cfg, self.net = c, HeadNet(c)
+        self.config, self.net = c, HeadNet(c)
         s = Schedule()
         # rows in the order in which `loss` unpacks them
         rows = [[math.sqrt(a) for a in s.abar], [math.sqrt(1 - a) for a in s.abar], s.x_from_xt, s.x_from_eps,
@@ -217,7 +217,7 @@ class DiffusionHead(nn.Module):
         code, takes x_T for a sample at t_max and so leaves out the steps that amplify a head's errors most; for heads
         trained briefly.
         """
-        N, C = len(z), self.cfg.token_dim
+        N, C = len(z), self.config.token_dim
         if noise is None:
             noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
         guided = z_null is not None and cfg != 1

@@ -449,7 +449,7 @@ def draw_images(args, device) -> Images:
     """Pictures that a run draws when they are asked for: those that sample.py writes with the same flags."""
     run = sample.load_run(args.run, device)
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
-    seed, num, pixels = args.seed or 0, args.num or 50_000, run.generator.cfg.grid * run.kl.stride
+    seed, num, pixels = args.seed or 0, args.num or 50_000, run.generator.config.grid * run.kl.stride
     names = [sample.picture_name(run, labels, i) for i in range(num)]
 
     def load(a, b):

@@ -99,7 +99,7 @@ class Prepared(NamedTuple):
 class Generator(nn.Module):
     def __init__(self, c: GeneratorConfig):
         super().__init__()
-        self.cfg = c
+        self.config = c
         self.fusion = make_fusion(c)
         P, L = self.fusion.slots, c.grid**2
         self.class_embedding = nn.Embedding(c.classes, c.dim)
@@ -126,7 +126,7 @@ class Generator(nn.Module):
 
     def condition(self, classes, codes) -> Prepared:
         """classes [B], codes [B, L] or None -> what the fusion makes of them."""
-        is_null = classes == self.cfg.classes                                                    # [B]
+        is_null = classes == self.config.classes                                                    # [B]
         token = self.class_embedding(classes.masked_fill(is_null, 0))
         prefix, context, masked = self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
         read = lambda blocks: [None if context is None else b.cross.attention.keys_values(context) for b in blocks]
@@ -168,7 +168,7 @@ class Generator(nn.Module):
         positions, V = self._visible_first(mask)
         condition = self.condition(classes, codes)
         encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], condition)
-        z = self.run_decoder(encoded, positions, V, slice(0, self.cfg.grid**2), condition)
+        z = self.run_decoder(encoded, positions, V, slice(0, self.config.grid**2), condition)
         return rows_at(z, positions.argsort(1))
 
     def _visible_first(self, mask, visible=None):
@@ -192,13 +192,13 @@ class Generator(nn.Module):
         """
         B, L, C = latents.shape
         if mask is None:
-            visible = L - math.ceil(mask_ratio(float(torch.rand(())), self.cfg.mask_min) * L)
+            visible = L - math.ceil(mask_ratio(float(torch.rand(())), self.config.mask_min) * L)
             mask = torch.rand(B, L, device=latents.device).argsort(1) >= visible
         positions, V = self._visible_first(mask, visible)
         condition = self.condition(classes, codes)
         encoded = self.run_encoder(rows_at(latents, positions[:, :V]), positions[:, :V], condition)
         z = self.run_decoder(encoded, positions, V, slice(V, L), condition)                      # [B, n, D], n = L - V
-        masked, M = positions[:, V:], self.cfg.batch_mul if t is None else len(t)
+        masked, M = positions[:, V:], self.config.batch_mul if t is None else len(t)
         x = rows_at(latents, masked)                                                             # [B, n, C]
         if t is None:
             t = torch.randint(T, (M, B, L), device=x.device)
@@ -214,8 +214,8 @@ class Generator(nn.Module):
     def null_condition(self) -> Prepared:
         """The condition of one null image. The same for all images: computed once per run, `generate` takes it."""
         device = self.fake_class.device
-        codes = torch.zeros(1, self.cfg.grid**2, dtype=torch.long, device=device)  # fakes take their place
-        return self.condition(torch.full((1,), self.cfg.classes, device=device), codes)
+        codes = torch.zeros(1, self.config.grid**2, dtype=torch.long, device=device)  # fakes take their place
+        return self.condition(torch.full((1,), self.config.classes, device=device), codes)
 
     @torch.no_grad()
     def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
@@ -237,7 +237,7 @@ class Generator(nn.Module):
 
         In eval mode.
         """
-        c, device = self.cfg, classes.device
+        c, device = self.config, classes.device
         B, L = len(classes), c.grid**2
         kept = 0 if keep is None else self._visible_first(~keep)[1]      # kept positions
         if not 1 <= iterations <= L - kept:

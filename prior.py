@@ -117,7 +117,7 @@ class Block(nn.Module):
 class Prior(nn.Module):
     def __init__(self, c: PriorConfig):
         super().__init__()
-        self.cfg = c
+        self.config = c
         self.class_embedding = nn.Embedding(c.classes + 1, c.dim)
         self.code_embedding = nn.Embedding(c.vocab, c.dim)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -131,7 +131,7 @@ class Prior(nn.Module):
     def forward(self, codes, classes):
         """codes [B, L] int64, classes [B] int64 (cfg.classes = null) -> logits [B, L+1, K] fp32."""
         x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, L+1, D]
-        x = F.dropout(x, self.cfg.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, self.rope[:x.shape[1]])
         return self.output(self.norm(x)).float()
@@ -141,8 +141,8 @@ class Prior(nn.Module):
     def loss(self, codes, classes, drop=None):
         """Mean cross-entropy in nats per code. drop [B] bool: images whose class becomes null (drawn when None)."""
         if drop is None:
-            drop = torch.rand(len(classes), device=classes.device) < self.cfg.class_drop
-        logits = self(codes, classes.masked_fill(drop, self.cfg.classes))[:, :-1]
+            drop = torch.rand(len(classes), device=classes.device) < self.config.class_drop
+        logits = self(codes, classes.masked_fill(drop, self.config.classes))[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def resample(self, codes, classes, uniform):
@@ -170,11 +170,11 @@ class Prior(nn.Module):
         """
         if temperature <= 0:
             raise ValueError("the temperature must be above 0; greedy=True takes the likeliest codes")
-        B, L, device = len(classes), self.cfg.grid**2, classes.device
+        B, L, device = len(classes), self.config.grid**2, classes.device
         uniform = torch.zeros(B, L, device=device) if greedy else randoms(B, L, generator, device)
         branches = 2 if cfg > 1 else 1
         if branches == 2:  # in one batch
-            classes = torch.cat([classes, torch.full_like(classes, self.cfg.classes)])
+            classes = torch.cat([classes, torch.full_like(classes, self.config.classes)])
         x = self.class_embedding(classes)[:, None]                                           # [B or 2B, 1, D]
         caches = [Cache(L + 1) for _ in self.blocks]
         codes = torch.empty(B, L, dtype=torch.long, device=device)

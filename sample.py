@@ -79,11 +79,11 @@ def load_run(path: str, device="cpu") -> Run:
     kl, vq, prior = checkpoints.load_model(file("kl"), "kl", device), None, None
     if generator.fusion.reads_codes:
         vq, prior = (checkpoints.load_model(file(kind), kind, device) for kind in ("vq", "prior"))
-    classes = generator.about.get("classes") or official_classes(path, generator.cfg.classes)
+    classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
     if "latent_scale" in generator.about:  # of its training: the KL file's, or measured where that has none
-        kl.cfg = replace(kl.cfg, scale=generator.about["latent_scale"])
+        kl.config = replace(kl.config, scale=generator.about["latent_scale"])
     return run
 
 
@@ -98,12 +98,12 @@ def official_classes(path, n):
 
 def check_fit(path, run: Run):
     """The files of a run directory must belong together."""
-    g, kl = run.generator.cfg, run.kl.cfg
+    g, kl = run.generator.config, run.kl.config
     problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
                 (run.vq and run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
                 (kl.z_channels != g.token_dim, f"kl.pt has {kl.z_channels} channels, generator.pt {g.token_dim}")]
     if run.prior:
-        vq, prior = run.vq.cfg, run.prior.cfg
+        vq, prior = run.vq.config, run.prior.config
         problems += [(vq.codebook_size != g.vocab, f"vq.pt has {vq.codebook_size} codes, generator.pt {g.vocab}"),
                      (prior.vocab != g.vocab, f"prior.pt has {prior.vocab} codes, generator.pt {g.vocab}"),
                      (prior.classes != g.classes, f"prior.pt has {prior.classes} classes, generator.pt {g.classes}"),
@@ -142,7 +142,7 @@ def find_classes(classes: list, text: str) -> list[int]:
 @torch.inference_mode()
 def start_from(run: Run, path: str, mask: str | None = None) -> Start:
     """--edit, with a mask: codes and latents where it is white. --like, without: all codes, no latents."""
-    f, h = run.kl.stride, run.generator.cfg.grid
+    f, h = run.kl.stride, run.generator.config.grid
     pictures = []
     for file in [path, mask] if mask else [path]:
         pixels = read_image(file, None, upright=True)                                            # [3, H, W]
@@ -162,7 +162,7 @@ def start_from(run: Run, path: str, mask: str | None = None) -> Start:
             raise UserError(f"{mask} keeps none of the {h * h} tokens; white in it says what stays.")
     x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
     # the mean of the posterior, so that a picture has one reading
-    latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.cfg.z_channels, h, h, device=run.device))[0]
+    latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.config.z_channels, h, h, device=run.device))[0]
     if run.vq is not None:
         codes = run.vq.encode(x)[0]
         coarse = to_uint8(run.vq.decode(codes[None]))
@@ -209,7 +209,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
         if run.prior is not None:
             codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       progress=step(0.1 / run.prior.cfg.grid**2),
+                                       progress=step(0.1 / run.prior.config.grid**2),
                                        given=start and for_all(start.codes))
         if run.null is None and s.cfg != 1:
             run.null = run.generator.null_condition()
@@ -301,7 +301,7 @@ def add_sampling_flags(parser):
 def choose_sampling(args, run: Run) -> Sampling:
     """What the run recommends, under the flags that were given."""
     s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
-    L = run.generator.cfg.grid**2
+    L = run.generator.config.grid**2
     steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
     checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
               (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),

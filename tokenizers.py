@@ -167,7 +167,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, c, dim_in, dim_out, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
-        self.cfg, self.stride = c, c.unshuffle * 2 ** (len(c.ch_mult) - 1)
+        self.config, self.stride = c, c.unshuffle * 2 ** (len(c.ch_mult) - 1)
         self.encoder = Encoder(c, encoder_out, encoder_attention)
         self.quant_conv = nn.Conv2d(encoder_out, dim_in, 1)
         self.post_quant_conv = nn.Conv2d(dim_out, c.z_channels, 1)
@@ -179,12 +179,12 @@ class Autoencoder(nn.Module):
                 nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def to_grid(self, images):  # [B, 3, H, W] -> [B, dim_in, h, w]
-        z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.cfg.unshuffle)))
-        return z + self.patch_in(images) if self.cfg.linear_path else z
+        z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.unshuffle)))
+        return z + self.patch_in(images) if self.config.linear_path else z
 
     def to_images(self, z):  # [B, dim_out, h, w] -> [B, 3, H, W]
-        images = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.unshuffle)
-        return images + self.patch_out(z) if self.cfg.linear_path else images
+        images = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.unshuffle)
+        return images + self.patch_out(z) if self.config.linear_path else images
 
 
 # -------------------------------------------------------------------------------------------------------------- VQ
@@ -269,13 +269,13 @@ class KL(Autoencoder):
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         z = mean + (0.5 * logvar).exp() * noise
-        return z.flatten(2).mT * self.cfg.scale
+        return z.flatten(2).mT * self.config.scale
 
     @torch.no_grad()
     def decode(self, latents):
         """latents [B, L, C], scaled -> images [B, 3, H, W], about [-1, 1]."""
         B, L, C = latents.shape
-        return self.to_images((latents / self.cfg.scale).mT.reshape(B, C, isqrt(L), isqrt(L)))
+        return self.to_images((latents / self.config.scale).mT.reshape(B, C, isqrt(L), isqrt(L)))
 
     def loss(self, images, noise=None):
         """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
@@ -284,7 +284,7 @@ class KL(Autoencoder):
         """
         moments = self.to_grid(images)
         mean, logvar = self.posterior(moments)
-        z = self.sample(moments, noise) / self.cfg.scale
+        z = self.sample(moments, noise) / self.config.scale
         recon = self.to_images(z.mT.reshape(mean.shape))
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(recon, images) + F.mse_loss(recon, images) + 1e-6 * kl, recon
@@ -305,7 +305,7 @@ def fit_linear_path(model: VQ | KL, images, generator=None):
     patches = F.unfold(images, f, stride=f).mT.flatten(0, 1)                       # [N*L, 3*f*f]
     mean = patches.mean(0)
     power, axes = torch.linalg.eigh(torch.cov(patches.T))                          # ascending
-    k = model.cfg.codebook_dim - 1 if vq else model.cfg.z_channels
+    k = model.config.codebook_dim - 1 if vq else model.config.z_channels
     axes = (axes / power.clamp(1e-8) ** 0.25).flip(1)[:, :k].T                     # [k, 3*f*f]
     if vq:
         axes /= ((patches - mean) @ axes.T).norm(dim=1).mean()                     # about as long as the constant
@@ -316,7 +316,7 @@ def fit_linear_path(model: VQ | KL, images, generator=None):
     z = model.to_grid(images).flatten(2).mT.flatten(0, 1)[:, :model.patch_out.in_channels]
     if vq:
         z = F.normalize(z, dim=1)
-        book = z[torch.randperm(len(z), generator=generator)[:model.cfg.codebook_size]]
+        book = z[torch.randperm(len(z), generator=generator)[:model.config.codebook_size]]
         for _ in range(10):                                                        # spherical k-means
             codes = (z @ book.T).argmax(1)
             book = F.normalize(book * 1e-3 + torch.zeros_like(book).index_add(0, codes, z), dim=1)

@@ -77,7 +77,7 @@ class Tokenizers(nn.Module):
     def start(self):
         """Fits the linear paths on real patches, in a new run."""
         for model in self.trained.values():
-            if model.cfg.linear_path:
+            if model.config.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
                 # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
                 fit_linear_path(model.double(), images.double(), rng("cpu", "linear path", self.args.seed))
@@ -91,7 +91,7 @@ class Tokenizers(nn.Module):
             kl = self.trained["kl"]
             h = images.shape[-1] // kl.stride
             g = rng(self.device, "stage 0", self.args.seed, step)
-            noise = torch.randn(self.args.batch, kl.cfg.z_channels, h, h, generator=g, device=self.device)
+            noise = torch.randn(self.args.batch, kl.config.z_channels, h, h, generator=g, device=self.device)
             loss = loss + kl.loss(images, noise[rows])[0]
         return loss
 
@@ -119,9 +119,9 @@ class Tokenizers(nn.Module):
         """Measures the scale of KL's latents, 1 / std."""
         if "kl" in models:
             kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
-            kl.cfg, g = replace(kl.cfg, scale=1.0), rng(self.device, "scale")
+            kl.config, g = replace(kl.config, scale=1.0), rng(self.device, "scale")
             latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=g) for x in images.split(50)])
-            kl.cfg = replace(kl.cfg, scale=1 / float(latents.std()))
+            kl.config = replace(kl.config, scale=1 / float(latents.std()))
 
     def picture(self, models):
         """Rows: images, decoded codes, decoded latents."""
@@ -182,7 +182,7 @@ class PriorStage(OnCache):
 
     def forward(self, step, rows, codes, moments, classes):
         model = self.trained["prior"]
-        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < model.cfg.class_drop
+        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < model.config.class_drop
         return model.loss(codes, classes, drop[rows].to(self.device))
 
     def picture(self, models):
@@ -207,7 +207,7 @@ class GeneratorStage(OnCache):
             raise UserError(f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth.")
         if reads_codes and has_prior:
             self.load_frozen("prior")
-            p, wanted = self.frozen["prior"].cfg, (self.grid, vq.cfg.codebook_size, len(self.class_names))
+            p, wanted = self.frozen["prior"].config, (self.grid, vq.config.codebook_size, len(self.class_names))
             if (p.grid, p.vocab, p.classes) != wanted:
                 raise UserError(f"{args.run}/prior.pt has grid, codes and classes {(p.grid, p.vocab, p.classes)}, the "
                                 f"cache {wanted}; train a prior on this cache (stage 1).")
@@ -217,24 +217,24 @@ class GeneratorStage(OnCache):
                                     "prior on this cache (stage 1, --fresh).")
         elif reads_codes:
             print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
-        code_dim = self.frozen["prior"].cfg.dim if "prior" in self.frozen else preset.prior.dim
-        config = replace(config, grid=self.grid, classes=len(self.class_names), vocab=vq.cfg.codebook_size,
-                         code_dim=code_dim, token_dim=kl.cfg.z_channels)
+        code_dim = self.frozen["prior"].config.dim if "prior" in self.frozen else preset.prior.dim
+        config = replace(config, grid=self.grid, classes=len(self.class_names), vocab=vq.config.codebook_size,
+                         code_dim=code_dim, token_dim=kl.config.z_channels)
         model = generator.Generator(config)
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without one it stays random
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
         self.decays = lambda name, p: p.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
-        if kl.cfg.scale == 1.0:  # a file that does not know its scale: take what data.py measured
-            kl.cfg = replace(kl.cfg, scale=self.data.scale)
-        if abs(self.data.scale / kl.cfg.scale - 1) > 0.05:
-            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training with kl.pt's {kl.cfg.scale:.4f}")
-        self.about.update(sampling=asdict(self.sampling), condition=self.condition, latent_scale=kl.cfg.scale)
+        if kl.config.scale == 1.0:  # a file that does not know its scale: take what data.py measured
+            kl.config = replace(kl.config, scale=self.data.scale)
+        if abs(self.data.scale / kl.config.scale - 1) > 0.05:
+            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training with kl.pt's {kl.config.scale:.4f}")
+        self.about.update(sampling=asdict(self.sampling), condition=self.condition, latent_scale=kl.config.scale)
 
     def forward(self, step, rows, codes, moments, classes):
         model, L, device = self.trained["generator"], self.grid**2, self.device
         G = self.args.batch  # the global batch: all its random numbers are drawn here, then `rows` of them taken
-        c = model.cfg
+        c = model.config
         # one ratio for all ranks: equally many hidden tokens everywhere make the mean over ranks the mean over tokens
         u = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))
         visible = L - math.ceil(generator.mask_ratio(u, c.mask_min) * L)
@@ -380,7 +380,7 @@ def main():
     if state is None and world.rank == 0:
         checkpoints.set_aside(weights)  # which another training made
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
-    configs = {kind: asdict(replace(m.cfg, scale=1.0) if kind == "kl" else m.cfg) for kind, m in stage.trained.items()}
+    configs = {kind: asdict(replace(m.config, scale=1.0) if kind == "kl" else m.config) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
                    data=stage.data.identity)
     if len(set(getattr(stage, "true_share", ()))) > 1:  # a share that falls with the step depends on their number
@@ -388,7 +388,7 @@ def main():
 
     def saved(k):  # a field that a config did not have yet had its default
         value = state["configs"].get(k)
-        return {**asdict(type(stage.trained[k].cfg)()), **value} if isinstance(value, dict) else value
+        return {**asdict(type(stage.trained[k].config)()), **value} if isinstance(value, dict) else value
 
     if state is None:
         stage.start()
@@ -435,7 +435,7 @@ def main():
         state = whole(models.state_dict())
         if world.rank > 0:
             return None
-        models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.cfg) for kind, m in models.items()})
+        models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.config) for kind, m in models.items()})
         models.load_state_dict(state)
         return models.to(world.device).eval()
 
@@ -447,7 +447,7 @@ def main():
             return
         stage.before_save(weights)
         for kind, model in weights.items():
-            checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.cfg, model.state_dict(), step=step,
+            checkpoints.save(os.path.join(args.run, f"{kind}.pt"), kind, model.config, model.state_dict(), step=step,
                              preset=args.preset, **stage.about)
         checkpoints.write(state_path, {
             "format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step, "configs": configs,

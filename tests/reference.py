@@ -96,12 +96,12 @@ def decode(model, encoded, mask, condition):
 @torch.no_grad()
 def generate(model, classes, codes, iterations, steps, cfg, schedule, temperature, orders, noise, head=head_sample):
     """Generator.generate; arguments as there. Both branches and the fusion anew at every iteration."""
-    B, L, C = len(classes), model.cfg.grid**2, model.cfg.token_dim
+    B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     guided = cfg != 1.0
     mask, tokens = torch.ones(B, L, device=classes.device), torch.zeros(B, L, C, device=classes.device)
     for k, hidden in enumerate(hidden_counts(L, iterations)):
         double = lambda a: torch.cat([a, a]) if guided else a
-        labels = torch.cat([classes, torch.full_like(classes, model.cfg.classes)]) if guided else classes
+        labels = torch.cat([classes, torch.full_like(classes, model.config.classes)]) if guided else classes
         condition = model.condition(labels, None if codes is None else double(codes))
         z = decode(model, encode(model, double(tokens), double(mask), condition), double(mask), condition)
         later = torch.zeros_like(mask).scatter(1, orders[:, :hidden], 1.0)
@@ -128,9 +128,9 @@ def loss(model, latents, classes, codes, mask, t, noise):
 @torch.no_grad()
 def prior_generate(model, classes, cfg, temperature, uniform):
     """Prior.generate: static cache, every query masked against its whole length, projections one by one."""
-    B, L, H = len(classes), model.cfg.grid**2, model.cfg.heads
-    labels = torch.cat([classes, torch.full_like(classes, model.cfg.classes)])
-    shape = (2 * B, H, L + 1, model.cfg.dim // H)
+    B, L, H = len(classes), model.config.grid**2, model.config.heads
+    labels = torch.cat([classes, torch.full_like(classes, model.config.classes)])
+    shape = (2 * B, H, L + 1, model.config.dim // H)
     zeros = lambda: torch.zeros(shape, device=labels.device)
     caches = [(zeros(), zeros()) for _ in model.blocks]
     causal = torch.ones(L + 1, L + 1, dtype=torch.bool, device=labels.device).tril()

@@ -329,7 +329,7 @@ def test_compvis_and_vavae(path, extra):
     model = KL(KLConfig(ch=32, ch_mult=(1, 1, 2), z_channels=4, decoder_attention=True, scale=1.0)).eval()
     torch.save({"state_dict": {**official("kl", model.state_dict()), extra: torch.ones(2)}, "epoch": 3}, path)
     config, state = checkpoints.load(path, "kl")
-    assert config == model.cfg
+    assert config == model.config
     loaded = KL(config).eval()
     loaded.load_state_dict(state)
     images = torch.rand(1, 3, 16, 16) * 2 - 1

@@ -231,7 +231,7 @@ def test_scale_is_one_over_std_of_sampled_latents(toy):
     a, header = open_cache(toy.cache), data.read_header(toy.cache)
     kl = KL(data.checkpoints.load(os.path.join(toy.run, "kl.pt"), "kl")[0])
     moments = torch.from_numpy(a["moments"]).flatten(0, 1)
-    latents = kl.sample(moments, generator=torch.Generator().manual_seed(0)) / kl.cfg.scale
+    latents = kl.sample(moments, generator=torch.Generator().manual_seed(0)) / kl.config.scale
     assert header["scale"] == pytest.approx(1 / float(latents.std()), rel=0.01)
     assert abs(1 / float(moments[:, :8].float().std()) / header["scale"] - 1) > 1e-3  # the mean alone would not do
 

@@ -44,14 +44,14 @@ def official(tmp_path, name, kind, module, **config):
 
 def test_vq(tmp_path):
     g, vq = official(tmp_path, "vq", "vq", VQ)
-    assert (vq.cfg.ch, vq.cfg.ch_mult, vq.cfg.z_channels, vq.cfg.codebook_size) == (32, (1, 2), 32, 64)
+    assert (vq.config.ch, vq.config.ch_mult, vq.config.z_channels, vq.config.codebook_size) == (32, (1, 2), 32, 64)
     assert torch.equal(vq.encode(g["image"]), g["indices"])
     close(vq.decode(g["indices"]), g["decoded"], FORWARD)
 
 
 def test_kl(tmp_path):
     g, kl = official(tmp_path, "kl", "kl", KL)
-    assert kl.cfg.scale == 0.2325 and kl.cfg.encoder_attention and not kl.cfg.decoder_attention
+    assert kl.config.scale == 0.2325 and kl.config.encoder_attention and not kl.config.decoder_attention
     moments = kl.encode(g["image"])
     close(moments, g["moments"], FORWARD)
     latents = kl.sample(moments, noise=torch.zeros_like(g["mean"]))
@@ -68,7 +68,7 @@ def prior(tmp_path):
 def test_prior_forward(prior):
     g, model = prior
     close(model(g["tokens"], g["classes"]), g["logits"], FORWARD)
-    close(model(g["tokens"], torch.full_like(g["classes"], model.cfg.classes)), g["logits_null_class"], FORWARD)
+    close(model(g["tokens"], torch.full_like(g["classes"], model.config.classes)), g["logits_null_class"], FORWARD)
 
 
 def test_prior_greedy(prior):

@@ -104,7 +104,7 @@ def test_loss(model, batch):
     null = model.loss(codes, torch.full_like(classes, NULL), none)
     assert torch.equal(model.loss(codes, classes, every), null) and abs(null + log_p.mean()) > 1e-3
     for share, want in ((0.0, -log_p.mean()), (1.0, null)):
-        model.cfg = replace(CONFIG, class_drop=share)
+        model.config = replace(CONFIG, class_drop=share)
         torch.testing.assert_close(model.loss(codes, classes), want)
 
 
@@ -112,7 +112,7 @@ def test_dropout_only_in_training(model, batch):
     assert torch.equal(model(*batch), model(*batch))
     model.train()
     for embedded, blocks in ((0.5, 0.0), (0.0, 0.5), (0.0, 0.0)):  # either place drops
-        model.cfg = replace(CONFIG, dropout=embedded)
+        model.config = replace(CONFIG, dropout=embedded)
         for block in model.blocks:
             block.dropout = blocks
         assert torch.equal(model(*batch), model(*batch)) == (embedded == blocks)

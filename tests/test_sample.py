@@ -68,7 +68,7 @@ def test_seed_index_and_class_change_the_picture(run):
 def test_coarse_is_the_decoded_codes(run):
     out = sample.generate(run, [0, 5])
     assert torch.equal(out.coarse, sample.to_uint8(run.vq.decode(out.codes)))
-    assert out.codes.min() >= 0 and out.codes.max() < run.vq.cfg.codebook_size
+    assert out.codes.min() >= 0 and out.codes.max() < run.vq.config.codebook_size
 
 
 def test_progress_adds_up_to_one(run):
@@ -372,4 +372,4 @@ def test_run_takes_what_the_files_recommend(copy_run):
     edit(run, "generator", lambda content: content["sampling"].update(iterations=3))
     edit(run, "generator", lambda content: content.update(latent_scale=0.125))
     loaded = sample.load_run(run)
-    assert loaded.sampling.iterations == 3 and loaded.kl.cfg.scale == 0.125 and loaded.classes[9] == [9, "cold cross"]
+    assert loaded.sampling.iterations == 3 and loaded.kl.config.scale == 0.125 and loaded.classes[9] == [9, "cold cross"]

@@ -363,7 +363,7 @@ def test_eight_pictures_learned_by_heart(works, tmp_path):
 
     learned = draw(models.generator)
     assert learned.argmin(1).tolist() == list(range(8)) and learned.diagonal().mean() < 20
-    assert draw(Generator(models.generator.cfg).eval()).diagonal().mean() > 60
+    assert draw(Generator(models.generator.config).eval()).diagonal().mean() > 60
     drawn = sample.generate(models, classes, sampling=replace(models.sampling, top_k=1))  # the prior's likeliest codes
     assert all((drawn.codes[i] == stored[i]).all(-1).any() for i in range(8))  # the picture's or its mirror image's
     from_class = torch.minimum(error(drawn.images, pixels), error(drawn.images, pixels.flip(-1)))
