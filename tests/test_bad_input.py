@@ -323,7 +323,7 @@ def weights_with_code(c):
     return sample(c, run=run)
 
 
-@case(r"vq\.pt does not look like VQ weights")
+@case(r"vq\.pt holds no weights that this code recognises")
 def foreign_weights(c):
     run = c.copy_run()
     torch.save({"model": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, f"{run}/vq.pt")
