@@ -293,7 +293,7 @@ def convert_kl(path, content, state):
     state = {reverse(key): value for key, value in state.items()}
     config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
                       decoder_attention="decoder.levels.0.attn.0.q.weight" in state)
-    return (config if author("kl", config) == "MAR" else replace(config, scale=1.0)), state
+    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state
 
 
 def convert_prior(path, content, state):
@@ -365,7 +365,7 @@ def describe(path: str) -> str:
     if kind in ("kl", "generator"):
         fits += f", {c.z_channels if kind == 'kl' else c.token_dim} latent channels"
     if kind == "kl":
-        fits += ", of a scale that data.py measures" if c.scale == 1.0 else f" of scale {c.scale:.4f}"
+        fits += ", of a scale that data.py measures" if c.scale is None else f" of scale {c.scale:.4f}"
     elif kind == "generator" and not FUSIONS[c.fusion].reads_codes:
         fits += ", no codes"
     else:

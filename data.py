@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import checkpoints
 from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
+from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26  # per image: 64 million
@@ -347,7 +348,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     size = size if size is not None else kl.about.get("image_size", 256)
     if vq.config.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    if size < 1 or size % vq.stride or size % kl.stride or vq.stride != kl.stride:
+    if size < 1 or size % (kl.stride * kl.config.patch) or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
@@ -434,7 +435,7 @@ def finish(out, h, paths, file_scale):
     write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(h['classes'])} classes, "
            f"latent scale {scale:.4f}")
-    if file_scale != 1.0 and abs(scale / file_scale - 1) > 0.05:
+    if file_scale and abs(scale / file_scale - 1) > 0.05:
         print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
 
 
@@ -449,16 +450,6 @@ def checked_moments(out, h, skipped: list):
             readable = entries["label"][:, 0] >= 0
             skipped += [numbers[i + k] for k in np.flatnonzero(~readable)]
             yield torch.from_numpy(entries["moments"][readable]).flatten(0, 1)
-
-
-def latent_scale(batches) -> float:
-    """1 / standard deviation of the latents with these moments, each [n, 2C, h, w]."""
-    n = total = squares = 0.0
-    for moments in batches:
-        mean, logvar = np.split(moments.numpy().astype(np.float64), 2, axis=1)
-        n, total = n + mean.size, total + mean.sum()
-        squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
-    return float((squares / n - (total / n) ** 2) ** -0.5)
 
 
 # --------------------------------------------------------------------------------- toy pictures and the command line
