@@ -79,12 +79,11 @@ def read(path: str) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL")):
+    except Exception as error:  # a flipped bit can make the zip reader and the unpickler raise almost anything
+        code = any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        if code and isinstance(error, pickle.UnpicklingError):
             what = "holds more than tensors and plain values, which could run code, and is refused"
             raise UserError(f"{path} {what}.") from None
-        raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
-    except Exception:  # a flipped bit can make the zip reader and the unpickler raise almost anything
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
@@ -342,38 +341,36 @@ def author(kind: str, config) -> str:
 
 # ------------------------------------------------------------------------------------------------------- as a script
 
-SIZES = {"vq": "ch ch_mult z_channels codebook_size codebook_dim", "kl": "ch ch_mult z_channels",
-         "prior": "dim layers heads", "generator": "fusion dim depth heads prefix head_depth head_width"}
-NOUNS = {"vq": "VQ tokenizer", "kl": "KL tokenizer", "prior": "prior", "generator": "generator"}
+SUMMARIES = {  # kind: what it is; its sizes; what must fit other files and the data
+    "vq": ("VQ tokenizer", "ch ch_mult z_channels codebook_dim", "stride codebook_size"),
+    "kl": ("KL tokenizer", "ch ch_mult", "stride z_channels scale"),
+    "prior": ("prior", "dim layers heads", "grid pixels vocab classes"),
+    "generator": ("generator", "fusion dim depth heads head_depth head_width", "grid pixels token_dim vocab classes")}
 
 
 def describe(path: str) -> str:
     """Three lines: whose file it is and what is in it; its sizes; what it fits, and its name in a run directory."""
     content = read(path)
-    own, name = "format" in content, official_weights(content)
+    own, weights = "format" in content, official_weights(content)
     kind = kind_of(path, content, official_state(content))
     if kind not in CONFIGS:
         raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
-    c, state = parse(path, kind, content)
-    whose = "this repository's" if own else f"{author(kind, c)}'s"
-    average = "as saved" if own else f"EMA ({name})" if name in EMA else "raw, as the file has no EMA"
-    average = f"EMA of step {content['step']:,}" if own and "step" in content else average
+    config, state = parse(path, kind, content)
+    whose = "this repository's" if own else f"{author(kind, config)}'s"
+    average = "EMA" if own and "step" in content or weights in EMA else "as saved" if own else "no EMA in the file"
+    values = asdict(config)
     if kind in ("vq", "kl"):
-        fits = f"images with sides of a multiple of {c.unshuffle * 2 ** (len(c.ch_mult) - 1)} pixels"
+        values["stride"] = config.unshuffle * 2 ** (len(config.ch_mult) - 1)
     else:
-        fits = f"{c.grid}x{c.grid} tokens" + ("" if own else f" ({16 * c.grid} pixels)") + f", {c.classes} classes"
-    if kind in ("kl", "generator"):
-        fits += f", {c.z_channels if kind == 'kl' else c.token_dim} latent channels"
-    if kind == "kl":
-        fits += ", of a scale that data.py measures" if c.scale is None else f" of scale {c.scale:.4f}"
-    elif kind == "generator" and not FUSIONS[c.fusion].reads_codes:
-        fits += ", no codes"
-    else:
-        fits += f", {c.codebook_size if kind == 'vq' else c.vocab:,} codes"
-    return "\n".join([
-        f"{path}: {whose} {NOUNS[kind]}, {sum(v.numel() for v in state.values()):,} parameters, weights: {average}",
-        "sizes: " + ", ".join(f"{name} {getattr(c, name)}" for name in SIZES[kind].split()),
-        f"fits: {fits}; put it into a run directory as {kind}.pt"])
+        values["pixels"] = None if own else 16 * config.grid  # the official tokenizers have a stride of 16
+    if kind == "kl" and config.scale is None:
+        values["scale"] = "not known, data.py measures it"
+    if kind == "generator" and not FUSIONS[config.fusion].reads_codes:
+        values["vocab"] = None
+    listed = lambda names: ", ".join(f"{n} {values[n]}" for n in names.split() if values[n] is not None)
+    noun, sizes, fits = SUMMARIES[kind]
+    return (f"{path}: {whose} {noun}, {sum(v.numel() for v in state.values()):,} parameters, {average}\n"
+            f"sizes: {listed(sizes)}\nfits: {listed(fits)}; put it into a run directory as {kind}.pt")
 
 
 def copy_in_half_precision(source: str, target: str):

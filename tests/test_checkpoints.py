@@ -360,29 +360,29 @@ EXTRAS = {"loss.logvar": torch.ones(1), "foundation_model.blocks.0.weight": torc
           "linear_proj.weight": torch.ones(2)}
 FILES = {  # kind, config, the file around the state dict, what the three lines say
     "LlamaGen's VQ": ("vq", SMALL_VQ, lambda s: {"model": {**s, "quantize.codebook_used": torch.ones(9)}},
-                      ["LlamaGen's VQ tokenizer", "raw, as the file has no EMA", "ch 32, ch_mult (1, 2)",
-                       "multiple of 2 pixels, 16 codes;", "as vq.pt"]),
-    "MAR's KL": ("kl", SMALL_KL, lambda s: {"model": s}, ["MAR's KL tokenizer", "4 latent channels of scale 0.2325",
+                      ["LlamaGen's VQ tokenizer", "no EMA in the file", "ch 32, ch_mult (1, 2)",
+                       "stride 2, codebook_size 16;", "as vq.pt"]),
+    "MAR's KL": ("kl", SMALL_KL, lambda s: {"model": s}, ["MAR's KL tokenizer", "stride 2, z_channels 4, scale 0.2325;",
                                                           "as kl.pt"]),
     "CompVis' KL": ("kl", WITH_DECODER_ATTENTION, lambda s: {"state_dict": {**s, "loss.logvar": torch.ones(1)}},
-                    ["CompVis's KL tokenizer", "of a scale that data.py measures"]),
+                    ["CompVis's KL tokenizer", "scale not known, data.py measures it"]),
     "VA-VAE's KL": ("kl", replace(WITH_DECODER_ATTENTION, z_channels=32), lambda s: {"state_dict": {**s, **EXTRAS}},
-                    ["VA-VAE's KL tokenizer", "32 latent channels, of a scale that data.py measures"]),
+                    ["VA-VAE's KL tokenizer", "z_channels 32, scale not known, data.py measures it"]),
     "LlamaGen's prior": ("prior", replace(SMALL, grid=16), lambda s: {"model": s, **OPTIMIZER},
-                         ["LlamaGen's prior", "dim 64, layers 2, heads 1", "16x16 tokens (256 pixels), 3 classes",
-                          "8 codes", "as prior.pt"]),
+                         ["LlamaGen's prior", "dim 64, layers 2, heads 1", "no EMA in the file",
+                          "grid 16, pixels 256, vocab 8, classes 3;", "as prior.pt"]),
     "a compiled prior with its arguments": (
         "prior", replace(SMALL, grid=8), lambda s: {"module": {f"_orig_mod.{k}": v for k, v in s.items()},
-                                                    "args": IMAGE_128}, ["8x8 tokens (128 pixels)"]),
+                                                    "args": IMAGE_128}, ["grid 8, pixels 128"]),
     "a prior's EMA": ("prior", replace(SMALL, grid=16), lambda s: {"model": {k: -v for k, v in s.items()}, "ema": s},
-                      ["LlamaGen's prior", "EMA (ema)"]),
+                      ["LlamaGen's prior", "parameters, EMA"]),
     "a bare prior": ("prior", SMALL, lambda s: {**s, "freqs_cis": torch.zeros(17, 8, 2)},
-                     ["LlamaGen's prior", "4x4 tokens (64 pixels)"]),
+                     ["LlamaGen's prior", "grid 4, pixels 64"]),
     "MAR": ("generator", TINY_MAR, lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s, **OPTIMIZER},
-            ["MAR's generator", "EMA (model_ema)", "fusion none, dim 64, depth 2", "head_depth 2, head_width 64",
-             "4x4 tokens (64 pixels), 10 classes, 8 latent channels, no codes", "as generator.pt"]),
+            ["MAR's generator", "parameters, EMA", "fusion none, dim 64, depth 2", "head_depth 2, head_width 64",
+             "grid 4, pixels 64, token_dim 8, classes 10;", "as generator.pt"]),
     "MAR under DDP without EMA": ("generator", TINY_MAR, lambda s: {"model": {f"module.{k}": v for k, v in s.items()},
-                                                                    "model_ema": None}, ["raw, as the file has no EMA"]),
+                                                                    "model_ema": None}, ["no EMA in the file"]),
 }
 
 
@@ -403,10 +403,11 @@ def test_description_of_official_files(path, works, name):
 def test_description_of_our_files(toy, works):
     said = [works("checkpoints", f"{toy.run}/{kind}.pt") for kind in checkpoints.CONFIGS]
     for text, word in zip(said, ("VQ tokenizer", "KL tokenizer", "prior", "generator")):
-        assert text.count("\n") == 3 and f"this repository's {word}" in text and "EMA of step" in text
+        assert text.count("\n") == 3 and f"this repository's {word}" in text and "parameters, EMA" in text
     scale = checkpoints.load(f"{toy.run}/kl.pt", "kl")[0].scale
-    assert "64 codes" in said[0] and f"8 latent channels of scale {scale:.4f}" in said[1] and "4x4 tokens" in said[2]
-    assert "fusion cross_attention" in said[3] and "10 classes, 8 latent channels, 64 codes" in said[3]
+    assert "stride 8, codebook_size 64;" in said[0] and f"stride 8, z_channels 8, scale {scale};" in said[1]
+    assert "grid 4, vocab 64, classes 10;" in said[2]
+    assert "fusion cross_attention" in said[3] and "grid 4, token_dim 8, vocab 64, classes 10;" in said[3]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
