@@ -198,11 +198,10 @@ def read_header(path: str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):  # JSON's errors are ValueErrors
-        raise UserError(f"{file} is damaged; {AGAIN.format(file)}.") from None
-    if changed:
-        raise UserError(f"{file} was changed; {AGAIN.format(file)}.")
-    if header["format"] != FORMAT:
-        raise UserError(f"{path} was made by another version of data.py; remove it and make the cache again.")
+        raise UserError(f"{file} is damaged; remove {path} and make the cache again.") from None
+    if changed or header["format"] != FORMAT:
+        what = f"{file} was changed" if changed else f"{path} was made by another version of data.py"
+        raise UserError(f"{what}; remove {path} and make the cache again.")
     return header
 
 
@@ -373,16 +372,19 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
 
 def begin(out, h):
     """Writes a first header, or checks that the present one belongs to the same images, tokenizers and settings."""
+    missing = {file: numbers for file, numbers in part_files(out, h).items() if not os.path.exists(file)}
     if os.path.exists(os.path.join(out, "header.json")):
         sweep(out)
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
             raise UserError(f"{out} holds a cache of other images or tokenizers, or with another --size, --views or "
                             "--seed; choose another --out or remove it.")
+    elif len(missing) < len(part_files(out, h)):
+        raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
         write_header(out, {**h, "complete": False})
-    images = sum(len(numbers) for file, numbers in part_files(out, h).items() if not os.path.exists(file))
-    need, free = images * h["views"] * entry_type(h).itemsize, shutil.disk_usage(out).free
+    need = sum(map(len, missing.values())) * h["views"] * entry_type(h).itemsize  # bytes
+    free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(f"cannot write {out}: it needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB; "
                         "free some space or choose another --out.")
