@@ -139,17 +139,21 @@ def load(path: str, kind: str, ema: bool = True):
     An official file may hold an EMA beside the raw weights. ema=False takes the raw ones, MAR's `model` instead of its
     `model_ema`, to compare the two. Our own files hold one set of weights, the EMA if one was trained.
     """
-    return parse(path, kind, read(path), ema)
+    config, state = parse(path, kind, read(path), ema)
+    with torch.device("meta"):  # a module without memory
+        check_tensors(path, kind, MODULES[kind](config), state)
+    return config, state
 
 
 def load_model(path: str, kind: str, device="cpu"):
     """-> our module with the weights of `path`, frozen, in eval mode; `about` holds what else our files say."""
     content = read(path)
     config, state = parse(path, kind, content)
+    model = MODULES[kind](config)
+    check_tensors(path, kind, model, state)
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path} holds values that are not finite, in {key!r}; it is damaged or was trained badly.")
-    model = MODULES[kind](config)
     model.load_state_dict(state)
     own = content if "format" in content else {}
     model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
@@ -158,7 +162,7 @@ def load_model(path: str, kind: str, device="cpu"):
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """`load` of a file that `read` has read."""
+    """`load` of a file that `read` has read, before `check_tensors`."""
     state = content["state"] if "format" in content else official_state(content, ema)
     if (found := kind_of(path, content, state)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
@@ -170,7 +174,6 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
             config, state = convert(path, content, rename(state, names))
         except KeyError as error:
             raise UserError(f"{path} is incomplete: it has no tensor {error}; get the file again.") from None
-    check_tensors(path, kind, config, state)
     return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -184,10 +187,9 @@ def kind_of(path: str, content: dict, state: dict) -> str:
     raise UserError(f"{path} holds no weights that this code recognises; docs/weights.md lists the supported files.")
 
 
-def check_tensors(path: str, kind: str, config, state: dict):
-    """Refuses a state that is not, tensor by tensor, that of our module."""
-    with torch.device("meta"):  # names and shapes without memory
-        wanted = MODULES[kind](config).state_dict()
+def check_tensors(path: str, kind: str, model, state: dict):
+    """Refuses a state that has not exactly the tensors of our module."""
+    wanted = model.state_dict()
     for key in [*wanted, *state]:
         if key not in wanted:
             raise UserError(f"{path} has the unknown tensor {key!r}; it is no layout that this code supports.")
@@ -355,7 +357,7 @@ def describe(path: str) -> str:
     kind = kind_of(path, content, official_state(content))
     if kind not in CONFIGS:
         raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
-    config, state = parse(path, kind, content)
+    config, state = load(path, kind)
     whose = "this repository's" if own else f"{author(kind, config)}'s"
     average = "EMA" if own and "step" in content or weights in EMA else "as saved" if own else "no EMA in the file"
     values = asdict(config)

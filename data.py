@@ -58,7 +58,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
-    """A square with a side of 0.8 to 1 times the short side, at a random place; every second one is mirrored."""
+    """A square at a random place, its side 0.8 to 1 times the short side. Half of the crops are mirrored."""
     side = round(min(image.size) * random.uniform(0.8, 1.0))
     x, y = (int(random.integers(length - side + 1)) for length in image.size)
     crop = center_crop(image.crop((x, y, x + side, y + side)), size)  # a square, so this only resizes
@@ -91,14 +91,16 @@ def open_image(path: str, size: int | None = None, upright=False) -> Image.Image
 def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
     """-> uint8 [3, size, size], the centre crop; the whole picture if size is None. None as in `open_image`."""
     image = open_image(path, size, upright)
-    return image and np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
+    if image is None:
+        return None
+    return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
 
 
 def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
     """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
 
-    The random crop of view v depends on the picture and on (*key, v) only, so every way of running data.py gives the
-    same bytes.
+    A random crop depends on the picture, the key and the number of the view only. data.py therefore makes the same
+    bytes after a stop and on every number of ranks.
     """
     image = open_image(path, size)
     if image is None:
@@ -294,8 +296,7 @@ class Cache:
         if not h["complete"]:
             raise UserError(f"the cache {path} is not complete; run the same data.py command again, it continues.")
         self.classes, self.scale, self.identity = h["classes"], h["scale"], h["checksum"]
-        self.files = part_files(path, h)
-        self.parts = [open_part(file, numbers, h) for file, numbers in self.files.items()]
+        self.parts = [open_part(file, numbers, h) for file, numbers in part_files(path, h).items()]
         labels = np.repeat(np.arange(len(h["counts"])), h["counts"])  # images are numbered class by class
         readable = np.delete(np.arange(h["images"]), h["skipped"])
         self.order = Order(readable, seed, h["views"], labels[readable] if balanced else None)
@@ -315,7 +316,7 @@ class Cache:
         p, i = divmod(image, self.header["part"])
         entry = self.parts[p][i, view]
         if entry["sum"] != entry_sum(entry):
-            file = list(self.files)[p]
+            file = list(part_files(self.path, self.header))[p]
             raise UserError(f"{file} is damaged: the checksum of image {image} does not fit; {AGAIN.format(file)}.")
         return entry
 
@@ -353,7 +354,8 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
          "seed": seed, "size": size, "grid": size // kl.stride, "channels": kl.config.z_channels,
          "codebook": vq.config.codebook_size, "classes": classes,
-         "counts": np.bincount(labels, minlength=len(classes)).tolist(), "files": text_hash(paths),
+         "counts": np.bincount(labels, minlength=len(classes)).tolist(),  # images per class
+         "files": text_hash(paths),
          "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
     print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, {views} views of "
            f"{h['grid'] ** 2} tokens each")
@@ -391,19 +393,20 @@ def begin(out, h):
 
 
 def write_parts(out, h, world, paths, labels, read, vq, kl):
-    """Makes the parts that are missing; the ranks take them in turn. read(image number) -> as `read_views`.
+    """Makes this rank's share of the missing parts. read(image number) -> its views, as `read_views`.
 
     A file appears when its part is whole, so a kill loses at most one part per rank.
     """
-    mine = dict(list(part_files(out, h).items())[world.rank::world.size])
-    mine = {file: numbers for file, numbers in mine.items() if not os.path.exists(file)}
-    chunks = lambda numbers: [numbers[i:i + CHUNK] for i in range(0, len(numbers), CHUNK)]
+    mine = list(part_files(out, h).items())[world.rank::world.size]
+    mine = [(file, numbers) for file, numbers in mine if not os.path.exists(file)]
+    chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
     threads, bad = ThreadPoolExecutor(4), []
-    loaded = ahead(lambda chunk: list(threads.map(read, chunk)), sum(map(chunks, mine.values()), []))
-    with tqdm(total=sum(map(len, mine.values())), unit=" images", desc="tokenise", disable=world.rank > 0) as bar:
-        for file, numbers in mine.items():
+    loaded = zip(chunks, ahead(lambda chunk: list(threads.map(read, chunk)), chunks))
+    with tqdm(total=sum(map(len, chunks)), unit=" images", desc="tokenise", disable=world.rank > 0) as bar:
+        for file, numbers in mine:
             entries = []
-            for chunk, pixels in zip(chunks(numbers), loaded):
+            while sum(map(len, entries)) < len(numbers):
+                chunk, pixels = next(loaded)
                 bad += [paths[i] for i, x in zip(chunk, pixels) if x is None]
                 refuse_many(bad, paths, f", then remove {out} and run again")
                 entries.append(encode(pixels, labels[chunk.start:chunk.stop], h, vq, kl, world.device))
