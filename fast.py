@@ -201,7 +201,7 @@ class Graphs:
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
 #    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
-#    a slice whose bounds the host knows. The plain loop selects by a mask, and the host waits until a GPU has counted it.
+#    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
 #    each cross-attention computes from it, are computed once per image instead of once per iteration. The null branch
 #    is the same for all images: it is computed once and shared by all calls for a model.
