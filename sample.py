@@ -2,30 +2,43 @@
 
     python sample.py --class 207                              # 16 golden retrievers by weights/tiny -> sample.png
     python sample.py --class "golf ball" --num 4 --seed 3     # by name, other pictures
-    python sample.py --class all --out all.png                # every class the run knows
+    python sample.py --class all --out all.png                # every class that the run knows
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
     python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
-    python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
-    python sample.py --class church --like IMAGE              # the codes of a picture, drawn anew: variations
+    python sample.py --class church --edit IMAGE --keep left  # keeps the left half of IMAGE, draws the rest
+    python sample.py --class church --like IMAGE              # takes the codes of IMAGE, draws new details: variations
+    python sample.py --about sample.png                       # how this picture was made, and the command for it
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out X.npz   # folder X, then one file
 
-The last two, run again, write what is missing.
+A command that writes a folder draws only the missing pictures when it runs again. The same from Python:
+
+    import sample
+    run = sample.load_run("weights/tiny")
+    pictures = sample.generate(run, ["golden retriever", 574], seed=1, progress=True)
+    pictures.pil()[0].save("retriever.png")
+
+A string is a name or an id, as after --class. A number is the id or the index of a class; a number that is both, of two
+classes, is refused. A tensor always holds indices. Keywords such as `iterations=16, cfg=2` replace what the run
+recommends (`presets.Sampling`), as the flags do.
 
 A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
-Other flags override what the run recommends (`presets.Sampling`).
+docs/sampling.md says what each flag does.
 """
 import argparse
 import glob
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import checkpoints
@@ -37,6 +50,10 @@ from prior import Prior
 from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
 from tokenizers import KL, VQ
 
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny")
+
+
+# ------------------------------------------------------------------------------------------------------ run and classes
 
 @dataclass
 class Run:
@@ -46,10 +63,99 @@ class Run:
     vq: VQ | None
     prior: Prior | None
     classes: list        # [external id, name] by index
-    sampling: Sampling
+    sampling: Sampling   # what the run recommends
     device: torch.device
-    null: Prepared | None = None  # the generator's unconditional condition, from the first pictures on
+    null: Prepared | None = None  # the generator's unconditional condition; the first guided pictures compute it
 
+    @property
+    def pixels(self) -> int:
+        """Side of a picture."""
+        return self.generator.config.grid * self.kl.stride
+
+
+def load_run(path: str, device="cpu") -> Run:
+    """Reads PATH/{kl,generator}.pt and, if the generator's fusion reads codes, PATH/{vq,prior}.pt; own or official."""
+    if not os.path.isdir(path):
+        raise UserError(f"there is no run directory {path}; train one (train.py), or omit --run to use weights/tiny.")
+    load = lambda kind: checkpoints.load_model(os.path.join(path, f"{kind}.pt"), kind, device)
+    generator, kl, vq, prior = load("generator"), load("kl"), None, None
+    if generator.fusion.reads_codes:
+        vq, prior = load("vq"), load("prior")
+    classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
+    run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
+    check_fit(path, run)
+    if "latent_scale" in generator.about:  # the scale of its training wins over the one in kl.pt
+        kl.config = replace(kl.config, scale=generator.about["latent_scale"])
+    return run
+
+
+def official_classes(path, n):
+    """Classes of a file that does not name them: ids are indices, names come from PATH/classes.tsv if there is one."""
+    named = checkpoints.read_classes(os.path.join(path, "classes.tsv"))
+    classes = sorted(named.values()) if named else [[i, str(i)] for i in range(n)]
+    if [c[0] for c in classes] != list(range(n)):
+        raise UserError(f"{path}/classes.tsv must give each id from 0 to {n - 1} once, for {n} classes.")
+    return classes
+
+
+def refuse(problems):
+    """problems: pairs (is this wrong?, sentence). Raises the sentence of the first wrong one."""
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(sentence + ".")
+
+
+def check_fit(path, run: Run):
+    """The files of a run directory must belong together."""
+    g = run.generator.config
+    numbers = {"classes": {"its list": len(run.classes), "generator.pt": g.classes},
+               "channels": {"kl.pt": run.kl.config.z_channels, "generator.pt": g.token_dim}}
+    if run.prior:
+        p = run.prior.config
+        numbers["classes"]["prior.pt"] = p.classes
+        numbers["tokens"] = {"prior.pt": p.grid**2, "generator.pt": g.grid**2}
+        numbers["codes"] = {"vq.pt": run.vq.config.codebook_size, "prior.pt": p.vocab, "generator.pt": g.vocab}
+        numbers["pixels a token"] = {"vq.pt": run.vq.stride**2, "kl.pt": run.kl.stride**2}
+    problems = [(len(set(files.values())) > 1, ", ".join(f"{file} has {n} {what}" for file, n in files.items()))
+                for what, files in numbers.items()]
+    if run.prior:
+        problems.append((run.prior.about.get("classes", run.classes) != run.classes,
+                         "prior.pt and generator.pt have other classes, or another order of them"))
+    for model in filter(None, (run.prior, run.generator)):
+        for kind, trained_with in model.about.get("tokenizers", {}).items():
+            tokenizer = getattr(run, kind)
+            problems.append((tokenizer and trained_with != checkpoints.checksum(tokenizer.state_dict()),
+                             f"{kind}.pt is not the tokenizer that the others were trained with"))
+    refuse((wrong, f"the files of {path} do not belong together: {what}") for wrong, what in problems)
+
+
+def find_classes(classes: list, wanted) -> list[int]:
+    """Strings, numbers or a tensor, as the head of this file says -> indices."""
+    if isinstance(wanted, torch.Tensor):
+        return wanted.tolist()
+    if not isinstance(wanted, str) and hasattr(wanted, "__iter__"):
+        return [i for one in wanted for i in find_classes(classes, one)]
+    if wanted == "all":
+        return list(range(len(classes)))
+    text = str(wanted).strip().lower()
+    found = [i for i, (identity, name) in enumerate(classes)
+             if text in (str(identity), name.lower(), name.lower().replace(" ", "_"))]
+    is_number = not isinstance(wanted, str)
+    if is_number and 0 <= wanted < len(classes) and wanted not in found:
+        found.append(int(wanted))
+    if len(found) == 1:
+        return found
+    if len(found) > 1:
+        ids = ", ".join(str(classes[i][0]) for i in found)
+        raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}"
+                        + (", as a string, or a tensor of indices." if is_number else "."))
+    if "," in text:  # after the whole text: some of ImageNet's names have commas
+        return [i for part in text.split(",") for i in find_classes(classes, part)]
+    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + (", ..." if len(classes) > 40 else "")
+    raise UserError(f"this run knows no class {wanted!r}; it knows: {known}")
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 @dataclass
 class Samples:
@@ -58,127 +164,58 @@ class Samples:
     coarse: torch.Tensor | None
     codes: torch.Tensor | None
 
+    def pil(self) -> list:
+        """The images as B PIL images, to show or save."""
+        return [to_pil(image) for image in self.images]
 
-@dataclass
-class Start:
-    """A picture to start from. Codes and latents that are given stay as they are, to the bit."""
-    codes: torch.Tensor | None   # [L], -1 where the prior draws
-    latents: torch.Tensor        # [L, C]
-    keep: torch.Tensor           # [L] bool, latents that stay
-    shown: Samples               # the picture, grey where it is drawn anew; its own decoded codes
-
-
-# -------------------------------------------------------------------------------------------------------------- run
-
-def load_run(path: str, device="cpu") -> Run:
-    """Reads RUN/{kl,generator}.pt and, if the generator's fusion reads codes, RUN/{vq,prior}.pt; own or official."""
-    if not os.path.isdir(path):
-        raise UserError(f"there is no run directory {path}; train one (train.py) or leave --run away for weights/tiny.")
-    file = lambda kind: os.path.join(path, f"{kind}.pt")
-    generator = checkpoints.load_model(file("generator"), "generator", device)
-    kl, vq, prior = checkpoints.load_model(file("kl"), "kl", device), None, None
-    if generator.fusion.reads_codes:
-        vq, prior = (checkpoints.load_model(file(kind), kind, device) for kind in ("vq", "prior"))
-    classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
-    run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
-    check_fit(path, run)
-    if "latent_scale" in generator.about:  # of its training: the KL file's, or measured where that has none
-        kl.config = replace(kl.config, scale=generator.about["latent_scale"])
-    return run
-
-
-def official_classes(path, n):
-    """Classes of a file that does not name them: ids are indices, names come from RUN/classes.tsv if there is one."""
-    named = checkpoints.read_classes(os.path.join(path, "classes.tsv"))
-    classes = sorted(named.values()) if named else [[i, str(i)] for i in range(n)]
-    if [c[0] for c in classes] != list(range(n)):
-        raise UserError(f"{path}/classes.tsv must give each id from 0 to {n - 1} once, for {n} classes.")
-    return classes
-
-
-def check_fit(path, run: Run):
-    """The files of a run directory must belong together."""
-    g, kl = run.generator.config, run.kl.config
-    problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
-                (run.vq and run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
-                (kl.z_channels != g.token_dim, f"kl.pt has {kl.z_channels} channels, generator.pt {g.token_dim}")]
-    if run.prior:
-        vq, prior = run.vq.config, run.prior.config
-        problems += [(vq.codebook_size != g.vocab, f"vq.pt has {vq.codebook_size} codes, generator.pt {g.vocab}"),
-                     (prior.vocab != g.vocab, f"prior.pt has {prior.vocab} codes, generator.pt {g.vocab}"),
-                     (prior.classes != g.classes, f"prior.pt has {prior.classes} classes, generator.pt {g.classes}"),
-                     (prior.grid != g.grid, f"prior.pt has {prior.grid**2} tokens an image, generator.pt {g.grid**2}"),
-                     (run.prior.about.get("classes", run.classes) != run.classes,
-                      "prior.pt and generator.pt have other classes, or another order of them")]
-    for model in (run.prior, run.generator):
-        for kind, tokenizer in (("vq", run.vq), ("kl", run.kl)):
-            trained_with = model.about.get("tokenizers", {}).get(kind) if model and tokenizer else None
-            other = trained_with and trained_with != checkpoints.checksum(tokenizer.state_dict())
-            problems.append((other, f"{kind}.pt is not the tokenizer that the others were trained with"))
-    for wrong, text in problems:
-        if wrong:
-            raise UserError(f"the files of {path} do not belong together: {text}.")
-
-
-def find_classes(classes: list, text: str) -> list[int]:
-    """External ids or names, separated by commas, or `all` -> indices."""
-    if text == "all":
-        return list(range(len(classes)))
-    found = [i for i, (identity, name) in enumerate(classes)
-             if text.strip().lower() in (str(identity), name.lower(), name.lower().replace(" ", "_"))]
-    if len(found) == 1:
-        return found
-    if len(found) > 1:
-        ids = ", ".join(str(classes[i][0]) for i in found)
-        raise UserError(f"{text!r} is the name of several classes; give one of the ids {ids}.")
-    if "," in text:  # after the whole text: some of ImageNet's names have commas
-        return [i for part in text.split(",") for i in find_classes(classes, part)]
-    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + (", ..." if len(classes) > 40 else "")
-    raise UserError(f"this run knows no class {text!r}; it knows: {known}")
-
-
-# ---------------------------------------------------------------------------------------------------------- a picture
 
 @torch.inference_mode()
-def start_from(run: Run, path: str, mask: str | None = None) -> Start:
-    """--edit, with a mask: codes and latents where it is white. --like, without: all codes, no latents."""
-    f, h = run.kl.stride, run.generator.config.grid
-    pictures = []
-    for file in [path, mask] if mask else [path]:
-        pixels = read_image(file, None, upright=True)                                            # [3, H, W]
-        if pixels is None:
-            raise UserError(f"{file} is not there, or is no readable image.")
-        pictures.append(Image.fromarray(pixels.transpose(1, 2, 0)))
-    if len({p.size for p in pictures}) > 1:
-        raise UserError(f"{mask} must be as large as {path}: {pictures[0].width} x {pictures[0].height} pixels.")
-    pixels, *white = (np.asarray(center_crop(p, h * f)).transpose(2, 0, 1).copy() for p in pictures)
-    keep = torch.zeros(h, h, dtype=torch.bool, device=run.device)
-    if mask:  # a token stays if all of its pixels do, after the crop to what the run draws
-        white = torch.from_numpy(white[0].min(0) >= 128).to(run.device)                          # [h*f, h*f]
-        keep = white.view(h, f, h, f).all(3).all(1)                                              # [h, h]
-        if keep.all():
-            raise UserError(f"{mask} keeps all {h * h} tokens; black in it says what to draw anew.")
-        if not keep.any():
-            raise UserError(f"{mask} keeps none of the {h * h} tokens; white in it says what stays.")
-    x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
-    # the mean of the posterior, so that a picture has one reading
-    latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.config.z_channels, h, h, device=run.device))[0]
-    if run.vq is not None:
-        codes = run.vq.encode(x)[0]
-        coarse = to_uint8(run.vq.decode(codes[None]))
-        codes = torch.where(keep.flatten(), codes, -1) if mask else codes
-    stays = keep.repeat_interleave(f, 0).repeat_interleave(f, 1) if mask else torch.ones_like(x[0], dtype=torch.bool)
-    shown = torch.where(stays, torch.from_numpy(pixels).to(run.device), 128).to(torch.uint8)
-    return Start(codes, latents, keep.flatten(), Samples(shown[None], coarse, codes))
+def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
+             start: "Start | None" = None, frames: list | None = None, plain=False, **settings) -> Samples:
+    """B classes -> B pictures, drawn together.
+
+    classes    names, ids or indices, see above; a tensor of indices [B] may hold n, the null class of n classes
+    indices    the numbers of the pictures, 0 to B-1 by default: each seeds the noise of its picture
+    sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
+    progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
+    start      what all pictures start from: start_edit or start_like
+    frames     a list; gets the pictures after every iteration, uint8 [B, 3, H, W], unknown latents decoded as zeros
+    plain      the textbook loops of prior.py and generator.py, the same pictures to rounding
+    """
+    s = check_sampling(run, replace(sampling or run.sampling, **settings))
+    classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
+    B, codes, coarse, seen = len(classes), None, None, []
+    generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
+    for_all = lambda x: x.expand(B, *x.shape)
+
+    def after_iteration(latents):
+        advance((0.9 if run.prior else 1.0) / s.iterations)
+        if frames is not None:
+            seen.append(latents)
+
+    with progress_bar(B, disable=progress is not True) as bar, autocast(run.device):  # the head stays in fp32
+        advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
+        if run.prior is not None:
+            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                                       given=start and for_all(start.codes),
+                                       progress=lambda: advance(0.1 / run.prior.config.grid**2))
+        if run.null is None and s.cfg != 1:
+            run.null = run.generator.null_condition()
+        steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
+        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
+                                         known=start and for_all(start.latents), keep=start and for_all(start.keep),
+                                         watch=after_iteration)
+    if frames is not None:
+        frames += [to_uint8(run.kl.decode(x)) for x in seen]
+    if run.prior is not None:
+        coarse = to_uint8(run.vq.decode(codes))
+    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
 
 
-# ----------------------------------------------------------------------------------------------------------- sample
-
-def to_uint8(images):
-    """[-1, 1] float -> uint8, MAR's rounding: round(clip((x + 1) / 2 * 255, 0, 255))."""
-    if not torch.isfinite(images).all():
-        raise UserError("the models gave values that are not finite; the weights are damaged or were trained badly.")
-    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+def progress_bar(images: int, disable=False):
+    look = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+    return tqdm(total=images, disable=disable, bar_format=look)
 
 
 def annealed(text: str, iterations: int) -> list[int]:
@@ -190,54 +227,141 @@ def annealed(text: str, iterations: int) -> list[int]:
     return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
 
 
+def check_sampling(run: Run, s: Sampling) -> Sampling:
+    """Returns s, or raises the sentence that says what is wrong with it."""
+    L = run.generator.config.grid**2
+    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
+    refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
+            (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
+            (not 1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+             f"--steps must be between 1 and {s.t_max + 1}, and both numbers of --anneal too"),
+            (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
+            (not (s.prior_temperature > 0 and s.temperature >= 0),
+             "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
+            (not all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
+             "--cfg, --prior-cfg and the temperatures must be finite"),
+            (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
+    return s
+
+
+def to_uint8(images):
+    """[-1, 1] float -> uint8, MAR's rounding: round(clip((x + 1) / 2 * 255, 0, 255))."""
+    if not torch.isfinite(images).all():
+        raise UserError("the models gave values that are not finite; the weights are damaged or were trained badly.")
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def to_pil(image) -> Image.Image:
+    """uint8 [3, H, W]."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+# ---------------------------------------------------------------------------------------------- a picture to start from
+
+@dataclass
+class Start:
+    """What is known of a picture before it is drawn. Known codes and latents stay as they are, to the bit."""
+    codes: torch.Tensor | None   # [L], -1 where the prior draws; None without a prior
+    latents: torch.Tensor        # [L, C]
+    keep: torch.Tensor           # [L] bool, tokens whose latents are known
+    shown: "Samples"             # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
+
+
 @torch.inference_mode()
-def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
-             start: Start | None = None, frames: list | None = None) -> Samples:
-    """classes: B class indices (0..n-1) -> B pictures. indices: the global index of each, which seeds its noise.
-
-    progress: called with a number from 0 to 1, the share of work done since the last call. start: what all B start
-    from. frames: gets the pictures after every iteration, uint8 [B, 3, H, W], unknown latents decoded as zeros.
-    """
-    s, B = sampling or run.sampling, len(classes)
-    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
-    classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
-    generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    step = (lambda share: lambda: progress(share)) if progress else lambda share: None
-    for_all = lambda x: x.expand(B, *x.shape)
-    codes = coarse = None
-    seen = []  # latents after every iteration
-    with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
-        if run.prior is not None:
-            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       progress=step(0.1 / run.prior.config.grid**2),
-                                       given=start and for_all(start.codes))
-        if run.null is None and s.cfg != 1:
-            run.null = run.generator.null_condition()
-        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
-                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
-                                         progress=step((0.9 if run.prior else 1.0) / s.iterations),
-                                         known=start and for_all(start.latents), keep=start and for_all(start.keep),
-                                         watch=None if frames is None else seen.append)
+def start_edit(run: Run, path: str, mask: str) -> Start:
+    """--edit PATH --keep MASK: what is white in the mask stays, codes and latents alike; the rest is drawn."""
+    picture = open_picture(path)
+    white = read_mask(mask, path, picture.size, run.pixels)
+    keep, n = whole_tokens(white, run.generator.config.grid), run.generator.config.grid**2
+    refuse([(keep.all(), f"{mask} keeps all {n} tokens; black in it says what to draw anew"),
+            (not keep.any(), f"{mask} keeps none of the {n} tokens; white in it says what stays")])
+    latents, whole = tokenise(run, picture)
+    codes = None
     if run.prior is not None:
-        coarse = to_uint8(run.vq.decode(codes))
-    if frames is not None:
-        frames += [to_uint8(run.kl.decode(x)) for x in seen]
-    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
+        codes = torch.where(whole_tokens(white, run.prior.config.grid).to(run.device), whole.codes[0], -1)
+    side = run.pixels // run.generator.config.grid
+    stays = keep.view(run.generator.config.grid, -1).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    shown = torch.where(stays.to(run.device), whole.images, 128).to(torch.uint8)
+    return Start(codes, latents, keep.to(run.device), replace(whole, images=shown))
 
 
-def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
-    """uint8 [B, 3, H, W] -> one picture, white between the images."""
-    B, _, H, W = images.shape
-    rows = -(-B // columns)
-    out = np.full((rows * (H + pad) - pad, columns * (W + pad) - pad, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        y, x = i // columns * (H + pad), i % columns * (W + pad)
-        out[y:y + H, x:x + W] = image
+@torch.inference_mode()
+def start_like(run: Run, path: str) -> Start:
+    """--like PATH: all codes of the picture stay, and all latents are drawn."""
+    refuse([(run.prior is None, "--like: this run has no codes to take")])
+    latents, whole = tokenise(run, open_picture(path))
+    nothing = torch.zeros(run.generator.config.grid**2, dtype=torch.bool, device=run.device)
+    return Start(whole.codes[0], latents, nothing, whole)
+
+
+def open_picture(path) -> Image.Image:
+    pixels = read_image(path, None, upright=True)                                        # [3, H, W]
+    refuse([(pixels is None, f"{path} is not there, or is no readable image")])
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+MASKS = {  # --keep WORD: what stays, at x from -1 on the left to 1, y from -1 at the top
+    "left": lambda x, y: x < 0, "right": lambda x, y: x > 0, "top": lambda x, y: y < 0, "bottom": lambda x, y: y > 0,
+    "border": lambda x, y: torch.maximum(x.abs(), y.abs()) > 0.5}
+
+
+def read_mask(mask: str, path: str, size: tuple, pixels: int) -> torch.Tensor:
+    """A word of MASKS, or a picture as large as the picture `path` -> [pixels, pixels] bool: what stays."""
+    if mask in MASKS:
+        at = (torch.arange(pixels) + 0.5) / pixels * 2 - 1
+        return MASKS[mask](at, at[:, None]).expand(pixels, pixels)
+    image = open_picture(mask)
+    refuse([(image.size != size, f"{mask} must be as large as {path}: {size[0]} x {size[1]} pixels")])
+    return torch.from_numpy(np.asarray(center_crop(image, pixels)).min(2) >= 128)
+
+
+def whole_tokens(white, grid):
+    """[H, W] bool -> [grid * grid] bool: a token stays if all of its pixels do."""
+    side = len(white) // grid
+    return white.view(grid, side, grid, side).all(3).all(1).flatten()
+
+
+def tokenise(run: Run, picture: Image.Image):
+    """-> latents [L, C] of the centre crop; the crop with its codes and decoded codes, a batch of one."""
+    pixels = np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]       # [1, 3, H, W]
+    x, grid = to_float(pixels).to(run.device), run.generator.config.grid
+    no_noise = torch.zeros(1, run.kl.config.z_channels, grid, grid, device=run.device)   # the mean of the posterior
+    latents = run.kl.sample(run.kl.encode(x), no_noise)[0]
+    codes = None if run.vq is None else run.vq.encode(x)
+    coarse = None if run.vq is None else to_uint8(run.vq.decode(codes))
+    return latents, Samples(torch.tensor(pixels, device=run.device), coarse, codes)
+
+
+# -------------------------------------------------------------------------------------------------- grids and folders
+
+CHUNK = "d2c"  # the name of the text chunk of our PNG files
+
+
+def grid(images: torch.Tensor, columns: int, classes: int = 1, first: torch.Tensor | None = None) -> Image.Image:
+    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images.
+
+    One class fills row after row. Of several, image i is of class i % classes, and each class has a row. first
+    [3, H, W]: stands before each row.
+    """
+    N, _, H, W = images.shape
+    rows, shift = classes if classes > 1 else -(-N // columns), first is not None
+    cells = [(r, 0, first) for r in range(rows) if shift]
+    for i, image in enumerate(images):
+        r, c = (i % classes, i // classes) if classes > 1 else divmod(i, columns)
+        cells.append((r, c + shift, image))
+    out = np.full((rows * (H + 2) - 2, (columns + shift) * (W + 2) - 2, 3), 255, np.uint8)
+    for r, c, image in cells:
+        y, x = r * (H + 2), c * (W + 2)
+        out[y:y + H, x:x + W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
 
-def save_picture(image: Image.Image, path: str, format="PNG", **options):
-    write_file(path, lambda f: image.save(f, format, **options))
+def save_picture(image: Image.Image, path: str, facts: dict | None = None):
+    """A PNG; `facts` go into a text chunk of it, as JSON, which --about reads."""
+    info = PngInfo()
+    if facts:
+        info.add_text(CHUNK, json.dumps(facts), zip=True)
+    write_file(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
 
 def pack(paths, ids, out):
@@ -255,9 +379,9 @@ def picture_name(run: Run, labels: list, i: int) -> str:
 
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
-    """All that pictures depend on. Weights are the EMA wherever a file has one."""
+    """All that pictures depend on. labels: indices of the classes. A checksum is of the weights that draw, the EMA."""
     models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
-    return {"sampling": asdict(s), "seed": seed, "classes": labels, "ema": True,
+    return {"sampling": s and asdict(s), "seed": seed, "classes": labels,
             "start": start and checkpoints.checksum({**vars(start), "shown": None}),
             "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
 
@@ -292,6 +416,35 @@ def same_settings(out, settings, num, world):
     barrier()
 
 
+def about(path: str):
+    """--about PICTURE.png: prints what the picture says about itself; the last line is the command."""
+    try:
+        with Image.open(path) as image:
+            facts = json.loads(image.info[CHUNK])
+        command, weights, run = facts.pop("command"), facts["weights"], facts["run"] or TINY
+    except (OSError, SyntaxError, LookupError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} does not say how it was made; only PNG files of sample.py do, unchanged.") from None
+    print(json.dumps(facts, indent=1), command, sep="\n")
+    if os.path.isdir(run) and describe(load_run(run), None, 0, [])["weights"] != weights:
+        print(f"note: {run} holds other weights now, so the command will draw other pictures.", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@dataclass
+class Job:
+    """What one command draws."""
+    args: argparse.Namespace
+    sampling: Sampling
+    labels: list         # indices of the classes; picture i is of labels[i % len(labels)]
+    num: int
+    start: Start | None
+
+    def view(self, samples: Samples) -> torch.Tensor:
+        """What is saved of samples: the pictures [B, 3, H, W], with --show-coarse beside their decoded codes."""
+        return torch.cat([samples.coarse, samples.images], dim=3) if self.args.show_coarse else samples.images
+
+
 def add_sampling_flags(parser):
     for f in fields(Sampling):
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type,
@@ -300,29 +453,13 @@ def add_sampling_flags(parser):
 
 def choose_sampling(args, run: Run) -> Sampling:
     """What the run recommends, under the flags that were given."""
-    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
-    L = run.generator.config.grid**2
-    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
-    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
-              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
-               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
-              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
-              (s.prior_temperature > 0 and s.temperature >= 0,
-               "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
-              (all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
-               "--cfg, --prior-cfg and the temperatures must be finite"),
-              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
-    return s
+    given = {f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None}
+    return check_sampling(run, replace(run.sampling, **given))
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class", dest="class_", required=True, metavar="CLASS",
-                        help="id or name, several with commas, or all")
+    parser.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
     parser.add_argument("--seed", type=int, default=0)
@@ -331,102 +468,112 @@ def main():
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
     parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew, see --keep")
-    parser.add_argument("--keep", metavar="MASK", help="white: what stays of it; as large as the picture")
+    parser.add_argument("--keep", metavar="MASK", help="what stays of it: " + ", ".join(MASKS) + ", or a picture as "
+                        "large as IMAGE, white where IMAGE stays")
     parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--plain", action="store_true", help="the textbook loops: the same pictures, slower")
     parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
+    parser.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     add_sampling_flags(parser)
     args = parser.parse_args()
+    if args.class_ is None and args.about is None:
+        parser.error("the following arguments are required: --class")
+    return args
 
-    world = setup(args.device)
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = load_run(args.run or os.path.join(here, "weights", "tiny"), world.device)
-    s = choose_sampling(args, run)
-    if args.num is not None and args.num < 1 or args.batch < 1:
-        raise UserError("--num and --batch must be at least 1.")
-    if "" in (args.edit, args.keep, args.like):
-        raise UserError("--edit, --keep and --like take the name of a file.")
-    if (args.edit is None) != (args.keep is None):
-        raise UserError("--edit IMAGE and --keep MASK need each other.")
-    if args.edit and args.like:
-        raise UserError("--edit and --like exclude each other.")
-    if args.like and run.prior is None:
-        raise UserError("--like: this run has no codes to take.")
-    if args.frames and not args.frames.lower().endswith(".gif"):
-        raise UserError("--frames takes FILE.gif.")
-    if args.graphs:
-        if run.device.type != "cuda":
-            raise UserError("--graphs is for CUDA.")
-        run.generator.head.graphs = Graphs()
-    if args.compile:
-        for module in run.generator.modules():
-            if isinstance(module, Block):
-                module.compile()
-    labels = find_classes(run.classes, args.class_)
-    num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
+
+def make_job(args, run: Run, world) -> Job:
+    """Checks all that can be wrong with a command before anything is drawn."""
     to_grid = args.out.lower().endswith(".png")
-    if args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")):
-        raise UserError(f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}.")
-    folder = args.out.removesuffix(".npz")
-    if to_grid and (world.size > 1 or num > 256):
-        raise UserError("for more than 256 pictures or several ranks give a folder: --out DIR.")
-    if args.frames and not to_grid:
-        raise UserError("--frames shows a grid, so --out must be FILE.png.")
-    if args.show_coarse and run.prior is None:
-        raise UserError("--show-coarse: this run has no codes to show.")
-    start = start_from(run, args.edit or args.like, args.keep) if args.edit or args.like else None
-    if start and (free := int((~start.keep).sum())) < s.iterations:
-        print0(f"note: {free} tokens to draw, so as many iterations")
-        s = replace(s, iterations=free)
-    print0(f"{num} pictures of {len(labels)} class{'es' if len(labels) > 1 else ''}, seed {args.seed}: "
-           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(s).items()))
+    refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
+            ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
+            ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
+            (args.edit and args.like, "--edit and --like exclude each other"),
+            (args.frames and not args.frames.lower().endswith(".gif"), "--frames takes FILE.gif"),
+            (args.frames and not to_grid, "--frames shows a grid, so --out must be FILE.png"),
+            (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
+             f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
+            (args.show_coarse and run.prior is None, "--show-coarse: this run has no codes to show"),
+            (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
+    s, labels, start = choose_sampling(args, run), find_classes(run.classes, args.class_), None
+    num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
+    refuse([(to_grid and (world.size > 1 or num > 256),
+             "for more than 256 pictures or several ranks give a folder: --out DIR")])
+    if args.edit or args.like:
+        start = start_edit(run, args.edit, args.keep) if args.edit else start_like(run, args.like)
+        free = int((~start.keep).sum())
+        if free < s.iterations:
+            print0(f"note: {free} tokens to draw, so as many iterations")
+            s = replace(s, iterations=free)
+    return Job(args, s, labels, num, start)
+
+
+def draw(run: Run, job: Job, numbers, world):
+    """Draws the pictures of these numbers -> yields, batch by batch, their numbers, the Samples and the frames."""
+    args = job.args
+    with progress_bar(len(numbers), disable=world.rank > 0) as bar:
+        for batch in (numbers[a:a + args.batch] for a in range(0, len(numbers), args.batch)):
+            classes = torch.tensor([job.labels[i % len(job.labels)] for i in batch])
+            advance = lambda share: bar.update(min(share * len(batch), bar.total - bar.n))
+            frames = [] if args.frames else None
+            samples = generate(run, classes, args.seed, batch, job.sampling, advance, job.start, frames, args.plain)
+            yield batch, samples, frames
+
+
+def write_grid(run: Run, job: Job, facts: dict, origin: dict, world):
+    """--out FILE.png, and --frames FILE.gif: one picture each; a row begins with the picture that was edited."""
+    _, samples, frames = zip(*draw(run, job, range(job.num), world))
+    n = len(job.labels)
+    columns = -(-job.num // (n if n > 1 else int(job.num**0.5)))  # a single class fills nearly a square
+    first = job.start and job.view(job.start.shown)[0]
+    save_picture(grid(torch.cat([job.view(s) for s in samples]), columns, n, first), job.args.out, {**facts, **origin})
+    if job.args.frames:
+        first = job.start and job.start.shown.images[0]
+        film = [grid(torch.cat(moment), columns, n, first) for moment in zip(*frames)]
+        options = dict(save_all=True, append_images=film[1:], loop=0, duration=[120] * (len(film) - 1) + [2000])  # ms
+        write_file(job.args.frames, lambda f: film[0].save(f, "GIF", **options))
+
+
+def write_folder(run: Run, job: Job, facts: dict, origin: dict, world):
+    """--out DIR: the pictures of this rank that DIR lacks. --out FILE.npz: then all of them as one file."""
+    folder = job.args.out.removesuffix(".npz")
+    same_settings(folder, facts, job.num, world)
+    names = [picture_name(run, job.labels, i) for i in range(job.num)]
+    paths = [os.path.join(folder, name) for name in names]
+    missing = [i for i in range(world.rank, job.num, world.size) if not os.path.exists(paths[i])]
+    for numbers, samples, _ in draw(run, job, missing, world):
+        for i, picture in zip(numbers, job.view(samples)):
+            save_picture(to_pil(picture), paths[i], {**facts, **origin, "file": names[i]})
+    barrier()
+    if folder != job.args.out and world.rank == 0:
+        pack(paths, [int(os.path.dirname(name)) for name in names], job.args.out)
+
+
+def main():
+    args = parse()
+    if args.about:
+        return about(args.about)
+    world = setup(args.device)
+    run = load_run(args.run or TINY, world.device)
+    job = make_job(args, run, world)
+    print0(f"{job.num} pictures of {len(job.labels)} class{'es' if len(job.labels) > 1 else ''}, seed {args.seed}: "
+           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(job.sampling).items()))
     if args.dry_run:
         return
-
-    if not to_grid:
-        same_settings(folder, {**describe(run, s, args.seed, labels, start), "coarse": args.show_coarse}, num, world)
-    path = lambda i: os.path.join(folder, picture_name(run, labels, i))
-    mine = range(world.rank, num, world.size)
-    todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
-    begun, pictures, frames = time.time(), {}, {}
-    beside = lambda o: torch.cat([o.coarse, o.images], dim=3) if args.show_coarse else o.images
-    look = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-    with tqdm(total=len(todo), disable=world.rank > 0, bar_format=look) as bar:
-        for chunk in (todo[a:a + args.batch] for a in range(0, len(todo), args.batch)):
-            advance = lambda share: bar.update(min(share * len(chunk), bar.total - bar.n))
-            seen = [] if args.frames else None
-            out = generate(run, [labels[i % len(labels)] for i in chunk], args.seed, chunk, s, advance, start, seen)
-            for k, i in enumerate(chunk):
-                image = beside(out)[k].cpu()
-                if to_grid:
-                    pictures[i] = image
-                    frames[i] = [frame[k].cpu() for frame in seen or ()]
-                else:
-                    save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), path(i))
-    if to_grid:  # one class a row
-        several = len(labels) > 1
-        rows = len(labels) if several else int(num**0.5)
-        columns = -(-num // rows)
-        places = [[c * rows + r if several else r * columns + c for c in range(columns)] for r in range(rows)]
-
-        def arrange(pictures, first):
-            """A grid; before each row the picture it started from, if any."""
-            white = torch.full_like(pictures[0], 255)
-            cells = [x for row in places for x in first + [pictures.get(i, white) for i in row]]
-            return grid(torch.stack(cells), columns + len(first))
-        save_picture(arrange(pictures, [beside(start.shown)[0].cpu()] if start else []), args.out)
-        if args.frames:
-            still = [start.shown.images[0].cpu()] if start else []
-            film = [arrange({i: f[k] for i, f in frames.items()}, still) for k in range(s.iterations)]
-            save_picture(film[0], args.frames, "GIF", save_all=True, append_images=film[1:], loop=0,
-                         duration=[120] * (len(film) - 1) + [2000])  # milliseconds
+    if args.graphs:
+        run.generator.head.graphs = Graphs()
+    if args.compile:
+        for block in (m for m in run.generator.modules() if isinstance(m, Block)):
+            block.compile()
+    begun = time.time()
+    facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
+    origin = {"num": job.num, "run": args.run, "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
+    write = write_grid if args.out.lower().endswith(".png") else write_folder
+    write(run, job, facts, origin, world)
     barrier()
-    if folder != args.out and world.rank == 0:
-        pack([path(i) for i in range(num)], [run.classes[labels[i % len(labels)]][0] for i in range(num)], args.out)
-    barrier()
-    print0(f"{args.out}: {num} pictures, {time.time() - begun:.1f} s")
+    print0(f"{args.out}: {job.num} pictures, {time.time() - begun:.1f} s")
 
 
 if __name__ == "__main__":

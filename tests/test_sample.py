@@ -119,7 +119,7 @@ def test_class_by_id_and_by_name(run):
     assert sample.find_classes(run.classes, "8, warm_ring") == [8, 3]
     imagenet = [[207, "golden retriever"], [0, "tench, Tinca tinca"], [134, "crane"], [517, "crane"]]
     assert sample.find_classes(imagenet, "207") == [0] and sample.find_classes(imagenet, "tench, Tinca tinca") == [1]
-    with pytest.raises(UserError, match="several classes; give one of the ids 134, 517"):
+    with pytest.raises(UserError, match="several classes; give one of the ids 134, 517.$"):
         sample.find_classes(imagenet, "crane")
     with pytest.raises(UserError, match="no class 'dog'; it knows: 0 warm disc, 1 warm square.*9 cold cross"):
         sample.find_classes(run.classes, "dog")
@@ -246,10 +246,10 @@ def picture(toy, tmp_path):
     return path, tmp_path / "mask.png"
 
 
-def test_start_from(run, picture):
+def test_start(run, picture):
     path, mask = picture
     image = torch.from_numpy(read_image(str(path), 32))
-    edit, like = sample.start_from(run, str(path), str(mask)), sample.start_from(run, str(path))
+    edit, like = sample.start_edit(run, str(path), str(mask)), sample.start_like(run, str(path))
     assert edit.keep.tolist() == [False] * 8 + [True] * 8 and not like.keep.any()
     codes = run.vq.encode(sample.to_float(image.numpy())[None])[0]
     assert torch.equal(like.codes, codes) and torch.equal(edit.codes, torch.where(edit.keep, codes, -1))
@@ -260,13 +260,13 @@ def test_start_from(run, picture):
     turned, exif = Image.open(path).transpose(Image.ROTATE_180), Image.Exif()  # as a camera held upside down
     exif[0x0112] = 3
     turned.save(mask.parent / "turned.png", exif=exif)
-    assert torch.equal(sample.start_from(run, str(mask.parent / "turned.png"), str(mask)).shown.images,
+    assert torch.equal(sample.start_edit(run, str(mask.parent / "turned.png"), str(mask)).shown.images,
                        edit.shown.images)
 
 
 def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
     """To the bit, in every picture; the rest is drawn anew, and the same when drawn again."""
-    start, drawn, frames = sample.start_from(run, *map(str, picture)), [], []
+    start, drawn, frames = sample.start_edit(run, *map(str, picture)), [], []
     decode = run.kl.decode
     monkeypatch.setattr(run.kl, "decode", lambda latents: drawn.append(latents) or decode(latents))
     out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=frames)
@@ -282,7 +282,7 @@ def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
 
 
 def test_like_takes_the_codes(run, picture):
-    start = sample.start_from(run, str(picture[0]))
+    start = sample.start_like(run, str(picture[0]))
     out = sample.generate(run, [3, 5], start=start)
     assert (out.codes == start.codes).all() and not torch.equal(out.images[0], out.images[1])
 
@@ -293,7 +293,7 @@ def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
     command = ("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--edit", path, "--keep", mask, "--steps", 6)
     said = works(*command, "--out", tmp_path / "a.png", "--frames", tmp_path / "a.gif", "--iterations", 9)
     assert "8 tokens to draw" in said and "iterations 8" in said
-    grid, start = pixels(tmp_path / "a.png"), sample.start_from(run, str(path), str(mask))
+    grid, start = pixels(tmp_path / "a.png"), sample.start_edit(run, str(path), str(mask))
     assert grid.shape == (66, 100, 3)
     for y in (0, 34):
         assert (grid[y:y + 32, :32] == start.shown.images[0].permute(1, 2, 0).numpy()).all()
