@@ -5,7 +5,7 @@
     python sample.py --class all --out all.png                # every class that the run knows
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
     python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
-    python sample.py --class church --edit IMAGE --keep left  # keeps the left half of IMAGE, draws the rest
+    python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
     python sample.py --class church --like IMAGE              # takes the codes of IMAGE, draws new details: variations
     python sample.py --about sample.png                       # how this picture was made, and the command for it
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
@@ -50,6 +50,7 @@ from prior import Prior
 from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
 from tokenizers import KL, VQ
 
+BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny")
 
 
@@ -68,8 +69,7 @@ class Run:
     null: Prepared | None = None  # the generator's unconditional condition; the first guided pictures compute it
 
     @property
-    def pixels(self) -> int:
-        """Side of a picture."""
+    def pixels(self) -> int:  # side of a picture
         return self.generator.config.grid * self.kl.stride
 
 
@@ -107,50 +107,46 @@ def refuse(problems):
 
 def check_fit(path, run: Run):
     """The files of a run directory must belong together."""
-    g = run.generator.config
-    numbers = {"classes": {"its list": len(run.classes), "generator.pt": g.classes},
-               "channels": {"kl.pt": run.kl.config.z_channels, "generator.pt": g.token_dim}}
+    g, channels = run.generator.config, run.kl.config.z_channels
+    problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
+                (channels != g.token_dim, f"kl.pt has {channels} channels, generator.pt {g.token_dim}")]
     if run.prior:
-        p = run.prior.config
-        numbers["classes"]["prior.pt"] = p.classes
-        numbers["tokens"] = {"prior.pt": p.grid**2, "generator.pt": g.grid**2}
-        numbers["codes"] = {"vq.pt": run.vq.config.codebook_size, "prior.pt": p.vocab, "generator.pt": g.vocab}
-        numbers["pixels a token"] = {"vq.pt": run.vq.stride**2, "kl.pt": run.kl.stride**2}
-    problems = [(len(set(files.values())) > 1, ", ".join(f"{file} has {n} {what}" for file, n in files.items()))
-                for what, files in numbers.items()]
-    if run.prior:
-        problems.append((run.prior.about.get("classes", run.classes) != run.classes,
-                         "prior.pt and generator.pt have other classes, or another order of them"))
+        K, p = run.vq.config.codebook_size, run.prior.config
+        problems += [(run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
+                     (K != g.vocab, f"vq.pt has {K} codes, generator.pt {g.vocab}"),
+                     (p.vocab != g.vocab, f"prior.pt has {p.vocab} codes, generator.pt {g.vocab}"),
+                     (p.grid != g.grid, f"prior.pt has {p.grid**2} tokens an image, generator.pt {g.grid**2}"),
+                     (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
+                     (run.prior.about.get("classes", run.classes) != run.classes,
+                      "prior.pt and generator.pt have other classes, or another order of them")]
     for model in filter(None, (run.prior, run.generator)):
         for kind, trained_with in model.about.get("tokenizers", {}).items():
-            tokenizer = getattr(run, kind)
-            problems.append((tokenizer and trained_with != checkpoints.checksum(tokenizer.state_dict()),
-                             f"{kind}.pt is not the tokenizer that the others were trained with"))
+            other = (tokenizer := getattr(run, kind)) and trained_with != checkpoints.checksum(tokenizer.state_dict())
+            problems.append((other, f"{kind}.pt is not the tokenizer that the others were trained with"))
     refuse((wrong, f"the files of {path} do not belong together: {what}") for wrong, what in problems)
 
 
 def find_classes(classes: list, wanted) -> list[int]:
     """Strings, numbers or a tensor, as the head of this file says -> indices."""
     if isinstance(wanted, torch.Tensor):
-        return wanted.tolist()
+        n = len(classes)
+        refuse([((wanted < 0).any() or (wanted > n).any(),
+                 f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
+        return wanted.flatten().tolist()
     if not isinstance(wanted, str) and hasattr(wanted, "__iter__"):
         return [i for one in wanted for i in find_classes(classes, one)]
     if wanted == "all":
         return list(range(len(classes)))
-    text = str(wanted).strip().lower()
+    text, is_number = str(wanted).strip().lower(), not isinstance(wanted, str)
     found = [i for i, (identity, name) in enumerate(classes)
-             if text in (str(identity), name.lower(), name.lower().replace(" ", "_"))]
-    is_number = not isinstance(wanted, str)
-    if is_number and 0 <= wanted < len(classes) and wanted not in found:
-        found.append(int(wanted))
+             if text in (str(identity), name.lower(), name.lower().replace(" ", "_")) or is_number and i == wanted]
     if len(found) == 1:
         return found
     if len(found) > 1:
-        ids = ", ".join(str(classes[i][0]) for i in found)
-        raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}"
-                        + (", as a string, or a tensor of indices." if is_number else "."))
+        ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * is_number
+        raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}.")
     if "," in text:  # after the whole text: some of ImageNet's names have commas
-        return [i for part in text.split(",") for i in find_classes(classes, part)]
+        return [i for part in wanted.split(",") for i in find_classes(classes, part)]
     known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + (", ..." if len(classes) > 40 else "")
     raise UserError(f"this run knows no class {wanted!r}; it knows: {known}")
 
@@ -166,7 +162,7 @@ class Samples:
 
     def pil(self) -> list:
         """The images as B PIL images, to show or save."""
-        return [to_pil(image) for image in self.images]
+        return to_pil(self.images)
 
 
 @torch.inference_mode()
@@ -179,10 +175,10 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
     progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
     start      what all pictures start from: start_edit or start_like
-    frames     a list; gets the pictures after every iteration, uint8 [B, 3, H, W], unknown latents decoded as zeros
+    frames     a list; gets the pictures after every iteration, uint8 [B, 3, H, W] on the CPU; unknown latents are zero
     plain      the textbook loops of prior.py and generator.py, the same pictures to rounding
     """
-    s = check_sampling(run, replace(sampling or run.sampling, **settings))
+    s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     B, codes, coarse, seen = len(classes), None, None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
@@ -193,7 +189,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
         if frames is not None:
             seen.append(latents)
 
-    with progress_bar(B, disable=progress is not True) as bar, autocast(run.device):  # the head stays in fp32
+    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
         if run.prior is not None:
             codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
@@ -207,15 +203,10 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
                                          known=start and for_all(start.latents), keep=start and for_all(start.keep),
                                          watch=after_iteration)
     if frames is not None:
-        frames += [to_uint8(run.kl.decode(x)) for x in seen]
+        frames += [to_uint8(run.kl.decode(x)).cpu() for x in seen]
     if run.prior is not None:
         coarse = to_uint8(run.vq.decode(codes))
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
-
-
-def progress_bar(images: int, disable=False):
-    look = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-    return tqdm(total=images, disable=disable, bar_format=look)
 
 
 def annealed(text: str, iterations: int) -> list[int]:
@@ -227,11 +218,11 @@ def annealed(text: str, iterations: int) -> list[int]:
     return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
 
 
-def check_sampling(run: Run, s: Sampling) -> Sampling:
+def check_sampling(run: Run, s: Sampling, start: "Start | None" = None) -> Sampling:
     """Returns s, or raises the sentence that says what is wrong with it."""
-    L = run.generator.config.grid**2
+    L = run.generator.config.grid**2 if start is None else int((~start.keep).sum())
     steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
-    refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
+    refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens to draw"),
             (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
             (not 1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
              f"--steps must be between 1 and {s.t_max + 1}, and both numbers of --anneal too"),
@@ -246,14 +237,14 @@ def check_sampling(run: Run, s: Sampling) -> Sampling:
 
 def to_uint8(images):
     """[-1, 1] float -> uint8, MAR's rounding: round(clip((x + 1) / 2 * 255, 0, 255))."""
-    if not torch.isfinite(images).all():
-        raise UserError("the models gave values that are not finite; the weights are damaged or were trained badly.")
+    refuse([(not torch.isfinite(images).all(),
+             "the models gave values that are not finite; the weights are damaged or were trained badly")])
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-def to_pil(image) -> Image.Image:
-    """uint8 [3, H, W]."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+def to_pil(images) -> list:
+    """uint8 [B, 3, H, W] -> B PIL images."""
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 # ---------------------------------------------------------------------------------------------- a picture to start from
@@ -270,19 +261,21 @@ class Start:
 @torch.inference_mode()
 def start_edit(run: Run, path: str, mask: str) -> Start:
     """--edit PATH --keep MASK: what is white in the mask stays, codes and latents alike; the rest is drawn."""
-    picture = open_picture(path)
-    white = read_mask(mask, path, picture.size, run.pixels)
-    keep, n = whole_tokens(white, run.generator.config.grid), run.generator.config.grid**2
-    refuse([(keep.all(), f"{mask} keeps all {n} tokens; black in it says what to draw anew"),
-            (not keep.any(), f"{mask} keeps none of the {n} tokens; white in it says what stays")])
+    picture, white = open_picture(path), open_picture(mask)
+    W, H = picture.size
+    refuse([(white.size != (W, H), f"{mask} must be as large as {path}: {W} x {H} pixels")])
+    white = torch.from_numpy(np.asarray(center_crop(white, run.pixels)).min(2) >= 128).to(run.device)    # [H, W]
+    h = run.generator.config.grid
+    keep, side = whole_tokens(white, h), run.pixels // h
+    refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
+            (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
     latents, whole = tokenise(run, picture)
-    codes = None
-    if run.prior is not None:
-        codes = torch.where(whole_tokens(white, run.prior.config.grid).to(run.device), whole.codes[0], -1)
-    side = run.pixels // run.generator.config.grid
-    stays = keep.view(run.generator.config.grid, -1).repeat_interleave(side, 0).repeat_interleave(side, 1)
-    shown = torch.where(stays.to(run.device), whole.images, 128).to(torch.uint8)
-    return Start(codes, latents, keep.to(run.device), replace(whole, images=shown))
+    codes = whole.codes  # None without a prior
+    if codes is not None:
+        codes = torch.where(whole_tokens(white, run.prior.config.grid), codes[0], -1)
+    stays = keep.view(h, h).repeat_interleave(side, 0).repeat_interleave(side, 1)                        # [H, W]
+    shown = torch.where(stays, whole.images, 128).to(torch.uint8)
+    return Start(codes, latents, keep, replace(whole, images=shown))
 
 
 @torch.inference_mode()
@@ -298,21 +291,6 @@ def open_picture(path) -> Image.Image:
     pixels = read_image(path, None, upright=True)                                        # [3, H, W]
     refuse([(pixels is None, f"{path} is not there, or is no readable image")])
     return Image.fromarray(pixels.transpose(1, 2, 0))
-
-
-MASKS = {  # --keep WORD: what stays, at x from -1 on the left to 1, y from -1 at the top
-    "left": lambda x, y: x < 0, "right": lambda x, y: x > 0, "top": lambda x, y: y < 0, "bottom": lambda x, y: y > 0,
-    "border": lambda x, y: torch.maximum(x.abs(), y.abs()) > 0.5}
-
-
-def read_mask(mask: str, path: str, size: tuple, pixels: int) -> torch.Tensor:
-    """A word of MASKS, or a picture as large as the picture `path` -> [pixels, pixels] bool: what stays."""
-    if mask in MASKS:
-        at = (torch.arange(pixels) + 0.5) / pixels * 2 - 1
-        return MASKS[mask](at, at[:, None]).expand(pixels, pixels)
-    image = open_picture(mask)
-    refuse([(image.size != size, f"{mask} must be as large as {path}: {size[0]} x {size[1]} pixels")])
-    return torch.from_numpy(np.asarray(center_crop(image, pixels)).min(2) >= 128)
 
 
 def whole_tokens(white, grid):
@@ -380,10 +358,14 @@ def picture_name(run: Run, labels: list, i: int) -> str:
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
     """All that pictures depend on. labels: indices of the classes. A checksum is of the weights that draw, the EMA."""
-    models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
-    return {"sampling": s and asdict(s), "seed": seed, "classes": labels,
+    return {"sampling": asdict(s), "seed": seed, "classes": labels,
             "start": start and checkpoints.checksum({**vars(start), "shown": None}),
-            "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
+            "weights": checksums(run)}
+
+
+def checksums(run: Run) -> dict:
+    models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
+    return {kind: checkpoints.checksum(model.state_dict()) for kind, model in models.items() if model}
 
 
 def read_settings(folder) -> dict | None:
@@ -425,7 +407,7 @@ def about(path: str):
     except (OSError, SyntaxError, LookupError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} does not say how it was made; only PNG files of sample.py do, unchanged.") from None
     print(json.dumps(facts, indent=1), command, sep="\n")
-    if os.path.isdir(run) and describe(load_run(run), None, 0, [])["weights"] != weights:
+    if os.path.isdir(run) and checksums(load_run(run)) != weights:
         print(f"note: {run} holds other weights now, so the command will draw other pictures.", file=sys.stderr)
 
 
@@ -459,7 +441,9 @@ def choose_sampling(args, run: Run) -> Sampling:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
+    one.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
     parser.add_argument("--seed", type=int, default=0)
@@ -468,20 +452,15 @@ def parse():
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
     parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew, see --keep")
-    parser.add_argument("--keep", metavar="MASK", help="what stays of it: " + ", ".join(MASKS) + ", or a picture as "
-                        "large as IMAGE, white where IMAGE stays")
+    parser.add_argument("--keep", metavar="MASK", help="white: what stays of it; as large as the picture")
     parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--plain", action="store_true", help="the textbook loops: the same pictures, slower")
     parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
-    parser.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     add_sampling_flags(parser)
-    args = parser.parse_args()
-    if args.class_ is None and args.about is None:
-        parser.error("the following arguments are required: --class")
-    return args
+    return parser.parse_args()
 
 
 def make_job(args, run: Run, world) -> Job:
@@ -491,8 +470,8 @@ def make_job(args, run: Run, world) -> Job:
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
-            (args.frames and not args.frames.lower().endswith(".gif"), "--frames takes FILE.gif"),
-            (args.frames and not to_grid, "--frames shows a grid, so --out must be FILE.png"),
+            (args.frames and not (args.frames.lower().endswith(".gif") and to_grid),
+             "--frames takes FILE.gif and shows a grid, so --out must be FILE.png"),
             (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
              f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
             (args.show_coarse and run.prior is None, "--show-coarse: this run has no codes to show"),
@@ -513,7 +492,7 @@ def make_job(args, run: Run, world) -> Job:
 def draw(run: Run, job: Job, numbers, world):
     """Draws the pictures of these numbers -> yields, batch by batch, their numbers, the Samples and the frames."""
     args = job.args
-    with progress_bar(len(numbers), disable=world.rank > 0) as bar:
+    with tqdm(total=len(numbers), bar_format=BAR, disable=world.rank > 0) as bar:
         for batch in (numbers[a:a + args.batch] for a in range(0, len(numbers), args.batch)):
             classes = torch.tensor([job.labels[i % len(job.labels)] for i in batch])
             advance = lambda share: bar.update(min(share * len(batch), bar.total - bar.n))
@@ -544,8 +523,8 @@ def write_folder(run: Run, job: Job, facts: dict, origin: dict, world):
     paths = [os.path.join(folder, name) for name in names]
     missing = [i for i in range(world.rank, job.num, world.size) if not os.path.exists(paths[i])]
     for numbers, samples, _ in draw(run, job, missing, world):
-        for i, picture in zip(numbers, job.view(samples)):
-            save_picture(to_pil(picture), paths[i], {**facts, **origin, "file": names[i]})
+        for i, picture in zip(numbers, to_pil(job.view(samples))):
+            save_picture(picture, paths[i], {**facts, **origin, "file": names[i]})
     barrier()
     if folder != job.args.out and world.rank == 0:
         pack(paths, [int(os.path.dirname(name)) for name in names], job.args.out)

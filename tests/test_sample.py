@@ -1,5 +1,7 @@
 """sample.py: what a picture depends on, classes, files and grids, and that no broken model gives a picture."""
 import io
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +129,43 @@ def test_class_by_id_and_by_name(run):
         sample.find_classes([[i, f"c{i}"] for i in range(1000)], "dog")
 
 
+def test_classes_from_python(run):
+    """Strings are names or ids; a number is the id or the index of a class, and refused where it is both, of two."""
+    assert sample.find_classes(run.classes, ["cold ring", "3", 1]) == [8, 3, 1]
+    tiny = [[0, "tench"], [207, "golden retriever"], [574, "golf ball"]]
+    assert sample.find_classes(tiny, ["golden retriever", 574, 1, "574", np.int64(2)]) == [1, 2, 1, 2, 2]
+    assert sample.find_classes(tiny, 574) == sample.find_classes(tiny, "golf ball") == [2]
+    shuffled = [[2, "cat"], [0, "dog"], [1, "cow"]]
+    for number, ids in ((0, "2, 0"), (1, "0, 1"), (2, "2, 1")):
+        with pytest.raises(UserError, match=f"^{number} stands for several classes; give one of the ids {ids}, as a"):
+            sample.find_classes(shuffled, [number])
+    assert sample.find_classes(shuffled, ["0", "dog"]) == [1, 1]
+    assert sample.find_classes(shuffled, torch.tensor([0, 1, 2])) == [0, 1, 2]  # a tensor: always indices
+    for wrong in (7, -1, ["tench", "7"]):
+        with pytest.raises(UserError, match="no class '?-?[71]"):
+            sample.find_classes(tiny, wrong)
+    for wrong in (-1, 4):
+        with pytest.raises(UserError, match="holds indices: 0 to 2 for this run, 3 for the null class"):
+            sample.find_classes(tiny, torch.tensor([wrong]))
+    pictures = sample.generate(run, ["cold ring", 3], seed=2, iterations=4, steps=6)
+    want = sample.generate(run, torch.tensor([8, 3]), 2, sampling=replace(run.sampling, iterations=4, steps=6))
+    assert torch.equal(pictures.images, want.images)
+
+
+def test_from_python(run, capsys):
+    """PIL images with one method, a bar when asked, and settings by name."""
+    pictures = sample.generate(run, "cold ring, 3", iterations=2, steps=4)
+    first, second = pictures.pil()
+    assert not capsys.readouterr().err and first.mode == "RGB"
+    assert np.array_equal(np.asarray(second), pictures.images[1].permute(1, 2, 0).numpy())
+    sample.generate(run, "cold ring, 3", iterations=2, steps=4, progress=True)
+    assert "2.0/2 images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--steps must be"):
+        sample.generate(run, "3", steps=0)
+    with pytest.raises(TypeError, match="itertions"):
+        sample.generate(run, "3", itertions=4)
+
+
 def test_id_and_name_on_the_command_line(toy, works, tmp_path):
     for out, text in (("id.png", "8"), ("name.png", "cold ring")):
         works("sample", "--run", toy.run, "--class", text, "--num", 2, "--out", tmp_path / out, *QUICK)
@@ -220,6 +259,41 @@ def test_folder_of_other_pictures_is_refused(toy, files, script, works):
         assert result.code == 1 and "choose another --out" in result.err, other
     works(*command)
     assert tree(files) == before
+
+
+def about(script, path):
+    """What --about says: its JSON, the arguments of the command, and the note."""
+    result = script("sample", "--about", path)
+    assert result.code == 0, result.err
+    *facts, command = result.out.splitlines()
+    python, name, *arguments = shlex.split(command)
+    assert (python, name) == ("python", "sample.py")
+    return json.loads("\n".join(facts)), arguments, result.err
+
+
+def test_a_picture_says_how_it_was_made(toy, works, script, files, run, tmp_path):
+    """And the command that it names makes it again, for a grid and for a file of a folder."""
+    out = tmp_path / "a grid.png"
+    works("sample", "--run", toy.run, "--class", "3,cold ring", "--num", 3, "--seed", 4, "--out", out, *QUICK)
+    facts, command, said = about(script, out)
+    s = replace(run.sampling, iterations=4, steps=6)
+    want = {**sample.describe(run, s, 4, [3, 8]), "coarse": False, "num": 3, "run": toy.run}
+    assert facts == json.loads(json.dumps(want)) and not said
+    before = pixels(out)
+    out.unlink()
+    works("sample", *command)
+    assert abs(pixels(out) - before).max() <= 1
+    facts, command, _ = about(script, files / "3/000007.png")
+    settings = json.loads((files / "settings.json").read_text())
+    assert facts == {**settings, "num": 9, "run": toy.run, "file": "3/000007.png"}
+    assert command[command.index("--out") + 1] == str(files)
+
+
+def test_about_says_when_the_weights_are_others(copy_run, works, script, tmp_path):
+    run = copy_run()
+    works("sample", "--run", run, "--class", "3", "--num", 1, "--out", tmp_path / "a.png", *QUICK)
+    edit(run, "prior", lambda content: content["state"]["norm.weight"].mul_(2))
+    assert "holds other weights now" in about(script, tmp_path / "a.png")[2]
 
 
 def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
@@ -372,4 +446,5 @@ def test_run_takes_what_the_files_recommend(copy_run):
     edit(run, "generator", lambda content: content["sampling"].update(iterations=3))
     edit(run, "generator", lambda content: content.update(latent_scale=0.125))
     loaded = sample.load_run(run)
-    assert loaded.sampling.iterations == 3 and loaded.kl.config.scale == 0.125 and loaded.classes[9] == [9, "cold cross"]
+    assert loaded.sampling.iterations == 3 and loaded.kl.config.scale == 0.125
+    assert loaded.classes[9] == [9, "cold cross"]
