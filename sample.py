@@ -34,6 +34,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import checkpoints
+import fast
 from data import center_crop, read_image, to_float
-from diffloss import Graphs
-from generator import Block, Generator, Prepared
+from generator import Generator
 from presets import Sampling
 from prior import Prior
 from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
@@ -66,11 +67,12 @@ class Run:
     classes: list        # [external id, name] by index
     sampling: Sampling   # what the run recommends
     device: torch.device
-    null: Prepared | None = None  # the generator's unconditional condition; the first guided pictures compute it
+    graphs: fast.Graphs | None = None
+    null: fast.Prepared | None = None  # the generator's null condition; the first guided pictures compute it
 
     @property
     def pixels(self) -> int:  # side of a picture
-        return self.generator.config.grid * self.kl.stride
+        return self.generator.config.grid * self.kl.config.patch * self.kl.stride
 
 
 def load_run(path: str, device="cpu") -> Run:
@@ -84,8 +86,8 @@ def load_run(path: str, device="cpu") -> Run:
     classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
-    if "latent_scale" in generator.about:  # the scale of its training wins over the one in kl.pt
-        kl.config = replace(kl.config, scale=generator.about["latent_scale"])
+    if "latent_scale" in generator.about:  # the scale that the generator was trained with wins over the one in kl.pt
+        kl.set_scale(generator.about["latent_scale"])
     return run
 
 
@@ -107,15 +109,15 @@ def refuse(problems):
 
 def check_fit(path, run: Run):
     """The files of a run directory must belong together."""
-    g, channels = run.generator.config, run.kl.config.z_channels
+    g, channels = run.generator.config, run.kl.config.token_dim
     problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
                 (channels != g.token_dim, f"kl.pt has {channels} channels, generator.pt {g.token_dim}")]
     if run.prior:
         K, p = run.vq.config.codebook_size, run.prior.config
-        problems += [(run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
+        problems += [(p.grid**2 != g.codes, f"prior.pt has {p.grid**2} codes an image, generator.pt {g.codes}"),
+                     (p.grid * run.vq.stride != run.pixels, "vq.pt and kl.pt make pictures of other sizes"),
                      (K != g.vocab, f"vq.pt has {K} codes, generator.pt {g.vocab}"),
                      (p.vocab != g.vocab, f"prior.pt has {p.vocab} codes, generator.pt {g.vocab}"),
-                     (p.grid != g.grid, f"prior.pt has {p.grid**2} tokens an image, generator.pt {g.grid**2}"),
                      (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
                      (run.prior.about.get("classes", run.classes) != run.classes,
                       "prior.pt and generator.pt have other classes, or another order of them")]
@@ -180,6 +182,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     """
     s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
+    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     B, codes, coarse, seen = len(classes), None, None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     for_all = lambda x: x.expand(B, *x.shape)
@@ -191,17 +194,17 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
 
     with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
+        if plain:
+            draw_codes, draw_latents = Prior.generate, Generator.generate
+        else:
+            run.null = run.null or fast.null_condition(run.generator)
+            draw_codes, draw_latents = fast.generate_codes, partial(fast.generate, null=run.null, graphs=run.graphs)
         if run.prior is not None:
-            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       given=start and for_all(start.codes),
-                                       progress=lambda: advance(0.1 / run.prior.config.grid**2))
-        if run.null is None and s.cfg != 1:
-            run.null = run.generator.null_condition()
-        steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
-        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
-                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
-                                         known=start and for_all(start.latents), keep=start and for_all(start.keep),
-                                         watch=after_iteration)
+            codes = draw_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                               start and for_all(start.codes), lambda: advance(0.1 / run.prior.config.grid**2))
+        latents = draw_latents(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+                               generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, watch=after_iteration,
+                               start=start and (for_all(start.latents), for_all(start.keep)))
     if frames is not None:
         frames += [to_uint8(run.kl.decode(x)).cpu() for x in seen]
     if run.prior is not None:
@@ -302,9 +305,9 @@ def whole_tokens(white, grid):
 def tokenise(run: Run, picture: Image.Image):
     """-> latents [L, C] of the centre crop; the crop with its codes and decoded codes, a batch of one."""
     pixels = np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]       # [1, 3, H, W]
-    x, grid = to_float(pixels).to(run.device), run.generator.config.grid
-    no_noise = torch.zeros(1, run.kl.config.z_channels, grid, grid, device=run.device)   # the mean of the posterior
-    latents = run.kl.sample(run.kl.encode(x), no_noise)[0]
+    x = to_float(pixels).to(run.device)
+    mean, _ = run.kl.posterior(moments := run.kl.encode(x))
+    latents = run.kl.sample(moments, noise=torch.zeros_like(mean))[0]                    # the posterior's mean
     codes = None if run.vq is None else run.vq.encode(x)
     coarse = None if run.vq is None else to_uint8(run.vq.decode(codes))
     return latents, Samples(torch.tensor(pixels, device=run.device), coarse, codes)
@@ -542,10 +545,9 @@ def main():
     if args.dry_run:
         return
     if args.graphs:
-        run.generator.head.graphs = Graphs()
+        run.graphs = fast.Graphs()
     if args.compile:
-        for block in (m for m in run.generator.modules() if isinstance(m, Block)):
-            block.compile()
+        fast.compile_blocks()
     begun = time.time()
     facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
     origin = {"num": job.num, "run": args.run, "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}

@@ -436,7 +436,7 @@ def test_files_that_do_not_belong_together(copy_run):
     run = copy_run()
     config, state = checkpoints.load(f"{run}/prior.pt", "prior")
     checkpoints.save(f"{run}/prior.pt", "prior", replace(config, grid=5), state)
-    with pytest.raises(UserError, match="do not belong together: prior.pt has 25 tokens"):
+    with pytest.raises(UserError, match="do not belong together: prior.pt has 25 codes"):
         sample.load_run(run)
 
 
