@@ -8,22 +8,19 @@
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
     python sample.py --class church --like IMAGE              # takes the codes of IMAGE, draws new details: variations
     python sample.py --about sample.png                       # how this picture was made, and the command for it
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out X.npz   # folder X, then one file
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # single files; X.npz: one file too
 
-A command that writes a folder draws only the missing pictures when it runs again. The same from Python:
+A command that writes a folder draws only the missing pictures when it runs again. From Python:
 
     import sample
     run = sample.load_run("weights/tiny")
     pictures = sample.generate(run, ["golden retriever", 574], seed=1, progress=True)
     pictures.pil()[0].save("retriever.png")
 
-A string is a name or an id, as after --class. A number is the id or the index of a class; a number that is both, of two
-classes, is refused. A tensor always holds indices. Keywords such as `iterations=16, cfg=2` replace what the run
-recommends (`presets.Sampling`), as the flags do.
-
-A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
-docs/sampling.md says what each flag does.
+A string is a name or an id, as after --class. A number is the id or the index of a class; a number that fits two
+classes is refused. A tensor holds indices. Keywords such as `iterations=16, cfg=2` replace what the run recommends
+(`presets.Sampling`), as the flags do. A picture depends on (seed, its index) and the kind of device, and
+not on batch size or number of GPUs, to rounding. docs/sampling.md says what each flag does.
 """
 import argparse
 import glob
@@ -88,6 +85,7 @@ def load_run(path: str, device="cpu") -> Run:
     check_fit(path, run)
     if "latent_scale" in generator.about:  # the scale that the generator was trained with wins over the one in kl.pt
         kl.set_scale(generator.about["latent_scale"])
+    refuse([(kl.config.scale is None, f"no file of {path} says the scale of the latents; train the generator again")])
     return run
 
 
@@ -115,9 +113,8 @@ def check_fit(path, run: Run):
     if run.prior:
         K, p = run.vq.config.codebook_size, run.prior.config
         problems += [(p.grid**2 != g.codes, f"prior.pt has {p.grid**2} codes an image, generator.pt {g.codes}"),
-                     (p.grid * run.vq.stride != run.pixels, "vq.pt and kl.pt make pictures of other sizes"),
-                     (K != g.vocab, f"vq.pt has {K} codes, generator.pt {g.vocab}"),
-                     (p.vocab != g.vocab, f"prior.pt has {p.vocab} codes, generator.pt {g.vocab}"),
+                     (p.grid * run.vq.stride != run.pixels, "vq.pt and kl.pt make pictures of different sizes"),
+                     ({K, p.vocab} != {g.vocab}, f"vq.pt, prior.pt, generator.pt know {K}, {p.vocab}, {g.vocab} codes"),
                      (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
                      (run.prior.about.get("classes", run.classes) != run.classes,
                       "prior.pt and generator.pt have other classes, or another order of them")]
@@ -131,9 +128,8 @@ def check_fit(path, run: Run):
 def find_classes(classes: list, wanted) -> list[int]:
     """Strings, numbers or a tensor, as the head of this file says -> indices."""
     if isinstance(wanted, torch.Tensor):
-        n = len(classes)
-        refuse([((wanted < 0).any() or (wanted > n).any(),
-                 f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
+        refuse([(((wanted < 0) | (wanted > len(classes))).any(), "a tensor of classes holds indices: "
+                 f"0 to {len(classes) - 1} for this run, {len(classes)} for the null class")])
         return wanted.flatten().tolist()
     if not isinstance(wanted, str) and hasattr(wanted, "__iter__"):
         return [i for one in wanted for i in find_classes(classes, one)]
@@ -149,7 +145,7 @@ def find_classes(classes: list, wanted) -> list[int]:
         raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}.")
     if "," in text:  # after the whole text: some of ImageNet's names have commas
         return [i for part in wanted.split(",") for i in find_classes(classes, part)]
-    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + (", ..." if len(classes) > 40 else "")
+    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + ", ..." * (len(classes) > 40)
     raise UserError(f"this run knows no class {wanted!r}; it knows: {known}")
 
 
@@ -157,10 +153,11 @@ def find_classes(classes: list, wanted) -> list[int]:
 
 @dataclass
 class Samples:
-    """images and coarse, the decoded codes: uint8 [B, 3, H, W]; codes [B, L]. Without a prior the last two are None."""
+    """B pictures, uint8 [B, 3, H, W]. Without a prior coarse and codes are None."""
     images: torch.Tensor
-    coarse: torch.Tensor | None
-    codes: torch.Tensor | None
+    coarse: torch.Tensor | None  # the decoded codes, as large as the images
+    codes: torch.Tensor | None   # [B, L]
+    frames: tuple = ()           # when asked for: the images after every iteration, on the CPU
 
     def pil(self) -> list:
         """The images as B PIL images, to show or save."""
@@ -169,7 +166,7 @@ class Samples:
 
 @torch.inference_mode()
 def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
-             start: "Start | None" = None, frames: list | None = None, plain=False, **settings) -> Samples:
+             start: "Start | None" = None, frames=False, plain=False, **settings) -> Samples:
     """B classes -> B pictures, drawn together.
 
     classes    names, ids or indices, see above; a tensor of indices [B] may hold n, the null class of n classes
@@ -177,19 +174,19 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
     progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
     start      what all pictures start from: start_edit or start_like
-    frames     a list; gets the pictures after every iteration, uint8 [B, 3, H, W] on the CPU; unknown latents are zero
+    frames     True keeps the pictures after every iteration too; latents that are not drawn yet are zero
     plain      the textbook loops of prior.py and generator.py, the same pictures to rounding
     """
     s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
-    B, codes, coarse, seen = len(classes), None, None, []
+    B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     for_all = lambda x: x.expand(B, *x.shape)
 
     def after_iteration(latents):
         advance((0.9 if run.prior else 1.0) / s.iterations)
-        if frames is not None:
+        if frames:
             seen.append(latents)
 
     with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
@@ -205,11 +202,9 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
         latents = draw_latents(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
                                generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, watch=after_iteration,
                                start=start and (for_all(start.latents), for_all(start.keep)))
-    if frames is not None:
-        frames += [to_uint8(run.kl.decode(x)).cpu() for x in seen]
-    if run.prior is not None:
-        coarse = to_uint8(run.vq.decode(codes))
-    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
+    coarse = None if codes is None else to_uint8(run.vq.decode(codes))
+    seen = tuple(to_uint8(run.kl.decode(x)).cpu() for x in seen)
+    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes, seen)
 
 
 def annealed(text: str, iterations: int) -> list[int]:
@@ -255,7 +250,7 @@ def to_pil(images) -> list:
 @dataclass
 class Start:
     """What is known of a picture before it is drawn. Known codes and latents stay as they are, to the bit."""
-    codes: torch.Tensor | None   # [L], -1 where the prior draws; None without a prior
+    codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
     latents: torch.Tensor        # [L, C]
     keep: torch.Tensor           # [L] bool, tokens whose latents are known
     shown: "Samples"             # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
@@ -273,9 +268,7 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
     refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
             (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
     latents, whole = tokenise(run, picture)
-    codes = whole.codes  # None without a prior
-    if codes is not None:
-        codes = torch.where(whole_tokens(white, run.prior.config.grid), codes[0], -1)
+    codes = None if run.prior is None else torch.where(whole_tokens(white, run.prior.config.grid), whole.codes[0], -1)
     stays = keep.view(h, h).repeat_interleave(side, 0).repeat_interleave(side, 1)                        # [H, W]
     shown = torch.where(stays, whole.images, 128).to(torch.uint8)
     return Start(codes, latents, keep, replace(whole, images=shown))
@@ -286,8 +279,7 @@ def start_like(run: Run, path: str) -> Start:
     """--like PATH: all codes of the picture stay, and all latents are drawn."""
     refuse([(run.prior is None, "--like: this run has no codes to take")])
     latents, whole = tokenise(run, open_picture(path))
-    nothing = torch.zeros(run.generator.config.grid**2, dtype=torch.bool, device=run.device)
-    return Start(whole.codes[0], latents, nothing, whole)
+    return Start(whole.codes[0], latents, torch.zeros(len(latents), dtype=torch.bool, device=run.device), whole)
 
 
 def open_picture(path) -> Image.Image:
@@ -319,21 +311,17 @@ CHUNK = "d2c"  # the name of the text chunk of our PNG files
 
 
 def grid(images: torch.Tensor, columns: int, classes: int = 1, first: torch.Tensor | None = None) -> Image.Image:
-    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images.
+    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images; `first` [3, H, W] begins each row.
 
-    One class fills row after row. Of several, image i is of class i % classes, and each class has a row. first
-    [3, H, W]: stands before each row.
+    One class fills row after row. Of several, image i is of class i % classes, and each class has a row.
     """
-    N, _, H, W = images.shape
-    rows, shift = classes if classes > 1 else -(-N // columns), first is not None
-    cells = [(r, 0, first) for r in range(rows) if shift]
-    for i, image in enumerate(images):
-        r, c = (i % classes, i // classes) if classes > 1 else divmod(i, columns)
-        cells.append((r, c + shift, image))
-    out = np.full((rows * (H + 2) - 2, (columns + shift) * (W + 2) - 2, 3), 255, np.uint8)
-    for r, c, image in cells:
-        y, x = r * (H + 2), c * (W + 2)
-        out[y:y + H, x:x + W] = image.permute(1, 2, 0).cpu().numpy()
+    rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
+    rows = [[*row] if first is None else [first, *row] for row in rows]
+    H, W = images.shape[2:]
+    out = np.full((len(rows) * (H + 2) - 2, max(map(len, rows)) * (W + 2) - 2, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            out[r * (H + 2):, c * (W + 2):][:H, :W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
 
@@ -466,14 +454,17 @@ def parse():
     return parser.parse_args()
 
 
+def is_grid(out: str) -> bool:
+    return out.lower().endswith(".png")
+
+
 def make_job(args, run: Run, world) -> Job:
     """Checks all that can be wrong with a command before anything is drawn."""
-    to_grid = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
-            (args.frames and not (args.frames.lower().endswith(".gif") and to_grid),
+            (args.frames and not (args.frames.lower().endswith(".gif") and is_grid(args.out)),
              "--frames takes FILE.gif and shows a grid, so --out must be FILE.png"),
             (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
              f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
@@ -481,7 +472,7 @@ def make_job(args, run: Run, world) -> Job:
             (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
     s, labels, start = choose_sampling(args, run), find_classes(run.classes, args.class_), None
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
-    refuse([(to_grid and (world.size > 1 or num > 256),
+    refuse([(is_grid(args.out) and (world.size > 1 or num > 256),
              "for more than 256 pictures or several ranks give a folder: --out DIR")])
     if args.edit or args.like:
         start = start_edit(run, args.edit, args.keep) if args.edit else start_like(run, args.like)
@@ -493,27 +484,25 @@ def make_job(args, run: Run, world) -> Job:
 
 
 def draw(run: Run, job: Job, numbers, world):
-    """Draws the pictures of these numbers -> yields, batch by batch, their numbers, the Samples and the frames."""
+    """Draws the pictures of these numbers -> yields, batch by batch, their numbers and the Samples."""
     args = job.args
     with tqdm(total=len(numbers), bar_format=BAR, disable=world.rank > 0) as bar:
         for batch in (numbers[a:a + args.batch] for a in range(0, len(numbers), args.batch)):
             classes = torch.tensor([job.labels[i % len(job.labels)] for i in batch])
             advance = lambda share: bar.update(min(share * len(batch), bar.total - bar.n))
-            frames = [] if args.frames else None
-            samples = generate(run, classes, args.seed, batch, job.sampling, advance, job.start, frames, args.plain)
-            yield batch, samples, frames
+            yield batch, generate(run, classes, args.seed, batch, job.sampling, advance, job.start,
+                                  frames=bool(args.frames), plain=args.plain)
 
 
 def write_grid(run: Run, job: Job, facts: dict, origin: dict, world):
     """--out FILE.png, and --frames FILE.gif: one picture each; a row begins with the picture that was edited."""
-    _, samples, frames = zip(*draw(run, job, range(job.num), world))
-    n = len(job.labels)
-    columns = -(-job.num // (n if n > 1 else int(job.num**0.5)))  # a single class fills nearly a square
+    samples, n = [s for _, s in draw(run, job, range(job.num), world)], len(job.labels)
+    columns = math.ceil(job.num / int(job.num**0.5))  # a single class fills nearly a square
     first = job.start and job.view(job.start.shown)[0]
     save_picture(grid(torch.cat([job.view(s) for s in samples]), columns, n, first), job.args.out, {**facts, **origin})
     if job.args.frames:
         first = job.start and job.start.shown.images[0]
-        film = [grid(torch.cat(moment), columns, n, first) for moment in zip(*frames)]
+        film = [grid(torch.cat(moment), columns, n, first) for moment in zip(*(s.frames for s in samples))]
         options = dict(save_all=True, append_images=film[1:], loop=0, duration=[120] * (len(film) - 1) + [2000])  # ms
         write_file(job.args.frames, lambda f: film[0].save(f, "GIF", **options))
 
@@ -525,7 +514,7 @@ def write_folder(run: Run, job: Job, facts: dict, origin: dict, world):
     names = [picture_name(run, job.labels, i) for i in range(job.num)]
     paths = [os.path.join(folder, name) for name in names]
     missing = [i for i in range(world.rank, job.num, world.size) if not os.path.exists(paths[i])]
-    for numbers, samples, _ in draw(run, job, missing, world):
+    for numbers, samples in draw(run, job, missing, world):
         for i, picture in zip(numbers, to_pil(job.view(samples))):
             save_picture(picture, paths[i], {**facts, **origin, "file": names[i]})
     barrier()
@@ -544,15 +533,13 @@ def main():
            + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(job.sampling).items()))
     if args.dry_run:
         return
-    if args.graphs:
-        run.graphs = fast.Graphs()
+    run.graphs = fast.Graphs() if args.graphs else None
     if args.compile:
         fast.compile_blocks()
     begun = time.time()
     facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
     origin = {"num": job.num, "run": args.run, "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
-    write = write_grid if args.out.lower().endswith(".png") else write_folder
-    write(run, job, facts, origin, world)
+    (write_grid if is_grid(args.out) else write_folder)(run, job, facts, origin, world)
     barrier()
     print0(f"{args.out}: {job.num} pictures, {time.time() - begun:.1f} s")
 

@@ -11,9 +11,14 @@ import torch
 from PIL import Image
 
 import checkpoints
+import fast
 import sample
 from data import read_image
+from generator import Generator, GeneratorConfig
+from presets import Sampling
+from prior import Prior, PriorConfig
 from runtime import UserError
+from tokenizers import KL, VQ, KLConfig, VQConfig
 
 QUICK = ("--iterations", 4, "--steps", 6)
 
@@ -57,6 +62,28 @@ def test_picture_does_not_depend_on_the_batch(run):
         assert torch.equal(alone.codes[0], together.codes[i])
         for a, b in ((alone.images, together.images), (alone.coarse, together.coarse)):
             assert (a[0].int() - b[i].int()).abs().max() <= 1  # a grey level: kernels round by batch size
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_plain_loops_draw_the_same_pictures(run, picture, monkeypatch, start):
+    start = sample.start_edit(run, *map(str, picture)) if start else None
+    fast_one = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True)
+    for name in ("generate", "generate_codes", "sample_head", "null_condition"):
+        monkeypatch.setattr(fast, name, None)
+    plain = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True, plain=True)
+    assert torch.equal(plain.codes, fast_one.codes) and len(plain.frames) == len(fast_one.frames) == 4
+    for a, b in zip((plain.images, *plain.frames), (fast_one.images, *fast_one.frames)):
+        assert (a.int() - b.int()).abs().max() <= 1
+    with pytest.raises(TypeError):
+        sample.generate(run, [3, 8], iterations=4)
+
+
+def test_plain_on_the_command_line(toy, works, monkeypatch, tmp_path):
+    draw = lambda out, *more: works("sample", "--run", toy.run, "--class", 3, "--num", 2, "--out", out, *QUICK, *more)
+    draw(tmp_path / "a.png")
+    monkeypatch.setattr(fast, "generate", None)
+    draw(tmp_path / "b.png", "--plain")
+    assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1
 
 
 def test_seed_index_and_class_change_the_picture(run):
@@ -340,11 +367,11 @@ def test_start(run, picture):
 
 def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
     """To the bit, in every picture; the rest is drawn anew, and the same when drawn again."""
-    start, drawn, frames = sample.start_edit(run, *map(str, picture)), [], []
+    start, drawn = sample.start_edit(run, *map(str, picture)), []
     decode = run.kl.decode
     monkeypatch.setattr(run.kl, "decode", lambda latents: drawn.append(latents) or decode(latents))
-    out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=frames)
-    assert len(frames) == 4 and torch.equal(frames[3], out.images) and len(drawn) == 5
+    out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=True)
+    assert len(out.frames) == 4 and torch.equal(out.frames[3], out.images) and len(drawn) == 5
     for latents in drawn:  # after every iteration, and at the end
         assert (latents[:, start.keep] == start.latents[start.keep]).all()
     assert [int((x[0].abs().sum(1) == 0).sum()) for x in drawn] == [7, 5, 3, 0, 0]  # of eight: 8 cos(pi/8 (k+1))
@@ -382,6 +409,34 @@ def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
     assert script("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--steps", 6, "--iterations", 8, "--out",
                   tmp_path / "files").err.endswith("made with other start; choose another --out.\n")
     assert abs(pixels(tmp_path / "files/3/000002.png") - grid[:32, 68:]).max() <= 1
+
+
+def test_tokens_and_codes_of_other_sizes(picture):
+    """Latents in patches of 2x2, codes of 8 pixels: 4 tokens and 16 codes. Each stays if all of its own pixels do."""
+    small = dict(ch=32, ch_mult=(1, 1, 1), blocks=1, unshuffle=2)
+    kl = KL(KLConfig(**small, z_channels=4, scale=1.0, patch=2))
+    vq = VQ(VQConfig(**small, z_channels=4, codebook_size=9))
+    prior = Prior(PriorConfig(dim=64, layers=1, heads=1, vocab=9, grid=4, classes=2))
+    generator = Generator(GeneratorConfig("cross_attention", dim=64, depth=1, heads=1, prefix=2, token_dim=16, grid=2,
+                                          code_grid=4, classes=2, head_depth=1, head_width=32, vocab=9, code_dim=64))
+    for model in (kl, vq, prior, generator):
+        model.eval()
+    run = sample.Run(kl, generator, vq, prior, [[0, "a"], [1, "b"]], Sampling(iterations=2, steps=3, t_max=900),
+                     torch.device("cpu"))
+    start = sample.start_edit(run, *map(str, picture))
+    assert run.pixels == 32 and start.keep.tolist() == [False] * 2 + [True] * 2 and start.latents.shape == (4, 16)
+    assert (start.codes >= 0).tolist() == [False] * 8 + [True] * 8
+    mask = Image.open(picture[1])
+    mask.paste(255, (0, 16, 16, 32))  # one more code, and a quarter of a token
+    mask.save(picture[1])
+    start = sample.start_edit(run, *map(str, picture))
+    assert start.keep.tolist() == [False] * 2 + [True] * 2
+    assert (start.codes >= 0).tolist() == [False] * 4 + [True] + [False] * 3 + [True] * 8
+    drawn, decode = [], kl.decode
+    kl.decode = lambda latents: drawn.append(latents) or decode(latents)
+    out = sample.generate(run, torch.tensor([0, 1, 1]), start=start)
+    assert (drawn[0][:, start.keep] == start.latents[start.keep]).all() and not (drawn[0][:, ~start.keep] == 0).any()
+    assert (out.codes[:, start.codes >= 0] == start.codes[start.codes >= 0]).all()
 
 
 def test_a_run_without_codes_edits_too(copy_run, works, picture, tmp_path, script):
