@@ -120,7 +120,7 @@ def check_fit(path, run: Run):
                       "prior.pt and generator.pt have other classes, or another order of them")]
     for model in filter(None, (run.prior, run.generator)):
         for kind, trained_with in model.about.get("tokenizers", {}).items():
-            other = (tokenizer := getattr(run, kind)) and trained_with != checkpoints.checksum(tokenizer.state_dict())
+            other = getattr(run, kind) and checkpoints.checksum(getattr(run, kind).state_dict()) != trained_with
             problems.append((other, f"{kind}.pt is not the tokenizer that the others were trained with"))
     refuse((wrong, f"the files of {path} do not belong together: {what}") for wrong, what in problems)
 
@@ -169,7 +169,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
              start: "Start | None" = None, frames=False, plain=False, **settings) -> Samples:
     """B classes -> B pictures, drawn together.
 
-    classes    names, ids or indices, see above; a tensor of indices [B] may hold n, the null class of n classes
+    classes    names, ids or indices, as the head of this file says; in a tensor, index n of n classes is the null class
     indices    the numbers of the pictures, 0 to B-1 by default: each seeds the noise of its picture
     sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
     progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
@@ -182,7 +182,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    for_all = lambda x: x.expand(B, *x.shape)
+    to_batch = lambda x: x.expand(B, *x.shape)
 
     def after_iteration(latents):
         advance((0.9 if run.prior else 1.0) / s.iterations)
@@ -198,10 +198,10 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
             draw_codes, draw_latents = fast.generate_codes, partial(fast.generate, null=run.null, graphs=run.graphs)
         if run.prior is not None:
             codes = draw_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                               start and for_all(start.codes), lambda: advance(0.1 / run.prior.config.grid**2))
+                               start and to_batch(start.codes), lambda: advance(0.1 / run.prior.config.grid**2))
         latents = draw_latents(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
                                generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, watch=after_iteration,
-                               start=start and (for_all(start.latents), for_all(start.keep)))
+                               start=start and (to_batch(start.latents), to_batch(start.keep)))
     coarse = None if codes is None else to_uint8(run.vq.decode(codes))
     seen = tuple(to_uint8(run.kl.decode(x)).cpu() for x in seen)
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes, seen)
@@ -253,7 +253,7 @@ class Start:
     codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
     latents: torch.Tensor        # [L, C]
     keep: torch.Tensor           # [L] bool, tokens whose latents are known
-    shown: "Samples"             # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
+    shown: Samples               # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
 
 
 @torch.inference_mode()
@@ -298,8 +298,8 @@ def tokenise(run: Run, picture: Image.Image):
     """-> latents [L, C] of the centre crop; the crop with its codes and decoded codes, a batch of one."""
     pixels = np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]       # [1, 3, H, W]
     x = to_float(pixels).to(run.device)
-    mean, _ = run.kl.posterior(moments := run.kl.encode(x))
-    latents = run.kl.sample(moments, noise=torch.zeros_like(mean))[0]                    # the posterior's mean
+    moments = run.kl.encode(x)
+    latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]    # the posterior's mean
     codes = None if run.vq is None else run.vq.encode(x)
     coarse = None if run.vq is None else to_uint8(run.vq.decode(codes))
     return latents, Samples(torch.tensor(pixels, device=run.device), coarse, codes)
@@ -348,13 +348,12 @@ def picture_name(run: Run, labels: list, i: int) -> str:
 
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
-    """All that pictures depend on. labels: indices of the classes. A checksum is of the weights that draw, the EMA."""
-    return {"sampling": asdict(s), "seed": seed, "classes": labels,
-            "start": start and checkpoints.checksum({**vars(start), "shown": None}),
-            "weights": checksums(run)}
+    """All that pictures depend on; labels are indices of classes."""
+    return {"sampling": asdict(s), "seed": seed, "classes": labels, "weights": checksums(run),
+            "start": start and checkpoints.checksum({**vars(start), "shown": None})}
 
 
-def checksums(run: Run) -> dict:
+def checksums(run: Run) -> dict:  # of the weights that draw: the EMA where there is one
     models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
     return {kind: checkpoints.checksum(model.state_dict()) for kind, model in models.items() if model}
 
@@ -442,8 +441,8 @@ def parse():
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
-    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew, see --keep")
-    parser.add_argument("--keep", metavar="MASK", help="white: what stays of it; as large as the picture")
+    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew; needs --keep")
+    parser.add_argument("--keep", metavar="MASK", help="a picture as large as IMAGE; what is white in it stays")
     parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--plain", action="store_true", help="the textbook loops: the same pictures, slower")
@@ -478,7 +477,7 @@ def make_job(args, run: Run, world) -> Job:
         start = start_edit(run, args.edit, args.keep) if args.edit else start_like(run, args.like)
         free = int((~start.keep).sum())
         if free < s.iterations:
-            print0(f"note: {free} tokens to draw, so as many iterations")
+            print0(f"note: the mask leaves {free} tokens to draw, so --iterations is {free}")
             s = replace(s, iterations=free)
     return Job(args, s, labels, num, start)
 
@@ -538,7 +537,8 @@ def main():
         fast.compile_blocks()
     begun = time.time()
     facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
-    origin = {"num": job.num, "run": args.run, "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
+    origin = {"class": args.class_, "num": job.num, "run": args.run,
+              "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
     (write_grid if is_grid(args.out) else write_folder)(run, job, facts, origin, world)
     barrier()
     print0(f"{args.out}: {job.num} pictures, {time.time() - begun:.1f} s")

@@ -304,7 +304,7 @@ def test_a_picture_says_how_it_was_made(toy, works, script, files, run, tmp_path
     works("sample", "--run", toy.run, "--class", "3,cold ring", "--num", 3, "--seed", 4, "--out", out, *QUICK)
     facts, command, said = about(script, out)
     s = replace(run.sampling, iterations=4, steps=6)
-    want = {**sample.describe(run, s, 4, [3, 8]), "coarse": False, "num": 3, "run": toy.run}
+    want = {**sample.describe(run, s, 4, [3, 8]), "coarse": False, "class": "3,cold ring", "num": 3, "run": toy.run}
     assert facts == json.loads(json.dumps(want)) and not said
     before = pixels(out)
     out.unlink()
@@ -312,7 +312,7 @@ def test_a_picture_says_how_it_was_made(toy, works, script, files, run, tmp_path
     assert abs(pixels(out) - before).max() <= 1
     facts, command, _ = about(script, files / "3/000007.png")
     settings = json.loads((files / "settings.json").read_text())
-    assert facts == {**settings, "num": 9, "run": toy.run, "file": "3/000007.png"}
+    assert facts == {**settings, "class": "1,warm_ring", "num": 9, "run": toy.run, "file": "3/000007.png"}
     assert command[command.index("--out") + 1] == str(files)
 
 

@@ -66,7 +66,7 @@ def test_lines_of_python(page, lines, tmp_path):
 def test_commands_of_editing(works, tmp_path, monkeypatch):
     """docs/sampling.md: the masks, the pictures and the commands that use them, one after the other."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "sampling.md").read_text()
+    text = (ROOT / "docs" / "sampling.md").read_text().replace("\\\n", "")
     section = text[text.index("## Editing"):text.index("## Settings")]
     commands = [shlex.split(line) for line in re.findall(r"^    (python .*)", section, re.M)]
     assert len(commands) == 7
