@@ -240,8 +240,7 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-def to_pil(images) -> list:
-    """uint8 [B, 3, H, W] -> B PIL images."""
+def to_pil(images) -> list:  # uint8 [B, 3, H, W] -> B PIL images
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -468,6 +467,7 @@ def make_job(args, run: Run, world) -> Job:
             (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
              f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
             (args.show_coarse and run.prior is None, "--show-coarse: this run has no codes to show"),
+            (args.plain and (args.graphs or args.compile), "--plain excludes --graphs and --compile"),
             (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
     s, labels, start = choose_sampling(args, run), find_classes(run.classes, args.class_), None
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))

@@ -388,6 +388,7 @@ flags("sample", ["exclude each other"], "--edit a.png --keep a.png --like a.png"
 flags("sample", ["a.png is not there"], "--like a.png", "--edit a.png --keep b.png")
 flags("sample", ["FILE.gif"], "--frames film.png")
 flags("sample", ["not allowed"], "--about a.png")
+flags("sample", ["--plain excludes"], "--plain --graphs", "--plain --compile")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
