@@ -183,14 +183,15 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
     to_batch = lambda x: x.expand(B, *x.shape)
-
-    def after_iteration(latents):
-        advance((0.9 if run.prior else 1.0) / s.iterations)
-        if frames:
-            seen.append(latents)
-
     with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
+        # in bf16 on CUDA, but for the diffusion head, which stays in fp32
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
+
+        def after_iteration(latents):
+            advance((0.9 if run.prior else 1.0) / s.iterations)  # the prior takes about a tenth of the time
+            if frames:
+                seen.append(latents)
+
         if plain:
             draw_codes, draw_latents = Prior.generate, Generator.generate
         else:
@@ -360,11 +361,11 @@ def checksums(run: Run) -> dict:  # of the weights that draw: the EMA where ther
 def read_settings(folder) -> dict | None:
     """What `same_settings` wrote about the pictures in a folder, if anything."""
     path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return None
     try:
         with open(path) as f:
             return dict(json.load(f))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot use {path}: {error}; choose another folder.") from None
 
@@ -375,12 +376,11 @@ def same_settings(out, settings, num, world):
     `num`, the most pictures asked for so far, lets fid.py see that some are missing.
     """
     if world.rank == 0:
-        there = read_settings(out)
-        if there is None and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png")):
-            raise UserError(f"{out} holds pictures that sample.py knows nothing of; choose another --out.")
-        there = there or {}
-        if changed := [k for k in settings if there and there.get(k) != settings[k]]:
-            raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
+        there = read_settings(out) or {}
+        strangers = not there and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png"))
+        changed = [k for k in settings if there and there.get(k) != settings[k]]
+        refuse([(strangers, f"{out} holds pictures that sample.py knows nothing of; choose another --out"),
+                (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
         sweep(out)
         content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
         write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))

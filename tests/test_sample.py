@@ -495,6 +495,15 @@ def test_files_that_do_not_belong_together(copy_run):
         sample.load_run(run)
 
 
+def test_latents_without_a_scale_are_refused(copy_run):
+    run = copy_run()
+    edit(run, "kl", lambda content: content["config"].update(scale=None))
+    assert sample.load_run(run).kl.config.scale  # generator.pt says it
+    edit(run, "generator", lambda content: content.pop("latent_scale"))
+    with pytest.raises(UserError, match="no file of .* says the scale of the latents; train the generator again"):
+        sample.load_run(run)
+
+
 def test_run_takes_what_the_files_recommend(copy_run):
     """Sampling, classes and the latent scale come with generator.pt, and win over kl.pt's scale."""
     run = copy_run()
