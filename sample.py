@@ -69,7 +69,7 @@ class Run:
 
     @property
     def pixels(self) -> int:  # side of a picture
-        return self.generator.config.grid * self.kl.config.patch * self.kl.stride
+        return self.generator.config.grid * self.kl.config.merge * self.kl.stride
 
 
 def load_run(path: str, device="cpu") -> Run:

@@ -412,9 +412,9 @@ def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
 
 
 def test_tokens_and_codes_of_other_sizes(picture):
-    """Latents in patches of 2x2, codes of 8 pixels: 4 tokens and 16 codes. Each stays if all of its own pixels do."""
+    """Latents merged 2x2, codes of 8 pixels: 4 tokens and 16 codes. Each stays if all of its own pixels do."""
     small = dict(ch=32, ch_mult=(1, 1, 1), blocks=1, unshuffle=2)
-    kl = KL(KLConfig(**small, z_channels=4, scale=1.0, patch=2))
+    kl = KL(KLConfig(**small, z_channels=4, scale=1.0, merge=2))
     vq = VQ(VQConfig(**small, z_channels=4, codebook_size=9))
     prior = Prior(PriorConfig(dim=64, layers=1, heads=1, vocab=9, grid=4, classes=2))
     generator = Generator(GeneratorConfig("cross_attention", dim=64, depth=1, heads=1, prefix=2, token_dim=16, grid=2,
