@@ -33,18 +33,15 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import checkpoints
 import sample
 from data import ahead, read_image, text_hash, to_float
-from inception import Inception, exact_convolutions, file_hash, find_inception
+from inception import Inception, exact_convolutions, file_hash, find_inception, measure
 from presets import Sampling
-from runtime import UserError, barrier, gather, print0, run_script, setup, write_file
+from runtime import UserError, barrier, print0, run_script, setup, write_file
 
 METRICS = ["fid", "sfid", "is", "pr"]
-STATISTICS = {"fid": "pool", "sfid": "spatial"}  # metric: the features whose mean and covariance it compares
-ROWS = {"is": "logits", "pr": "pool"}            # metric: the features that it needs of every single image
 PROTOCOLS = {
     # name            resize   metrics by default
     "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C names none
@@ -55,25 +52,6 @@ LOSSLESS, LOSSY = (".png", ".bmp", ".ppm", ".tif", ".tiff"), (".jpg", ".jpeg", "
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
-
-def products(rows):
-    """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
-
-    Those of batches and of ranks add up. In float64, because float32 would move an FID by 2e-5.
-    """
-    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
-    rows = F.pad(rows, (1, 0), value=1.0)
-    return rows.T @ rows
-
-
-def mean_and_covariance(products):
-    """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
-    n = int(products[0, 0])
-    if n < 2:
-        raise UserError(f"{n} images have no covariance; an FID needs many images, in papers 50,000.")
-    mean = products[0, 1:] / n
-    return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
-
 
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """FID: |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, of means [D] and covariances [D, D] (1706.08500, Eq. 6).
@@ -208,7 +186,8 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
     content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
     about = about_images(root, content, map(os.path.dirname, files))
     if len(files) < (asked := (about["settings"] or {}).get("num", 0)):
-        raise UserError(f"{root} holds {len(files)} of {asked} images; run the same sample.py command to draw the rest.")
+        raise UserError(f"{root} holds {len(files)} of {asked} images; run the same sample.py command again to draw "
+                        f"the missing ones.")
 
     def read(file):
         if (image := read_image(os.path.join(root, file), crop)) is None:
@@ -259,49 +238,20 @@ def draw_images(args, device) -> Images:
     """Images of args.run, drawn when they are needed: the images that sample.py writes with the same flags."""
     run = sample.load_run(args.run, device)
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
-    seed, num, pixels = args.seed or 0, args.num or 50_000, run.generator.config.grid * run.kl.stride
+    seed, num = args.seed or 0, args.num or 50_000
+    pixels = run.generator.config.grid * run.kl.config.patch * run.kl.stride
     names = [sample.picture_name(run, labels, i) for i in range(num)]
 
     def load(numbers):
         return sample.generate(run, [labels[i % len(labels)] for i in numbers], seed, numbers, s).images
 
-    about = about_images(args.run, None, map(os.path.dirname, names), {**sample.describe(run, s, seed, labels), "num": num})
-    # `map`, not `ahead`: a thread would draw while Inception runs, and `exact_convolutions` holds for all threads
+    settings = {**sample.describe(run, s, seed, labels), "num": num}
+    about = about_images(args.run, None, map(os.path.dirname, names), settings)
+    # `map`, not `ahead`: its thread would draw while Inception runs, and `exact_convolutions` affects all threads
     return Images(num, [pixels, pixels], partial(map, load), about, names)
 
 
-# ------------------------------------------------------------------------------------------- features and references
-
-def measure(images: Images, features: Callable, statistics: set, rows: set, world, batch: int):
-    """Sends all images through `features`, which maps a batch [B, 3, H, W] to a dictionary of name: [B, D].
-
-    -> two dictionaries: (mean, covariance) of each name in `statistics`, and all rows [N, D] of each name in `rows`,
-    in the order of the images. Only rank 0 gets them; the dictionaries of the other ranks are empty.
-    """
-    starts = range(0, images.count, batch)
-    # Ranks share whole batches: rounding inside the network depends on which images are in a batch together.
-    starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
-    batches = images.batches(range(i, min(i + batch, images.count)) for i in starts)
-    sums, kept = {}, {name: [] for name in rows}
-    for pixels in tqdm(batches, images.about["path"], len(starts), disable=world.rank > 0):
-        out = features(pixels.to(world.device))
-        sums = {name: sums.get(name, 0) + products(out[name]) for name in statistics}
-        for name in rows:
-            kept[name].append(out[name].cpu())
-    ranks = gather(({name: total.cpu() for name, total in sums.items()}, kept))
-    if ranks is None:
-        return {}, {}
-    return ({name: mean_and_covariance(sum(sums.get(name, 0) for sums, _ in ranks)) for name in statistics},
-            {name: torch.cat([part for _, kept in ranks for part in kept[name]]) for name in rows})
-
-
-@dataclass
-class Reference:
-    """What generated images are compared with: statistics, images, or both."""
-    about: dict                # for result.json
-    statistics: dict           # "pool", "spatial": (mean, covariance)
-    images: Images | None      # beside statistics only a part of the images behind them (ADM: 10,000 of 1.28 million)
-
+# -------------------------------------------------------------------------------------------------------- references
 
 def read_arrays(path) -> dict:
     """The arrays of an .npz or .pt file of statistics. Of arr_0, which can be large, only the name."""
@@ -314,18 +264,20 @@ def read_arrays(path) -> dict:
         return checkpoints.read(path)
 
 
-def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False) -> Reference:
+def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
     ADM             mu, sigma, mu_s, sigma_s of all of ImageNet, and arr_0, 10,000 images for precision and recall
     pytorch-fid     mu, sigma; MAR's adm_in256_stats.npz, two arrays of ADM's file, looks the same
     torch-fidelity  mu, sigma in a .pt, its cache of one input
     --save          the four arrays, and `about`: what they were made from and with
+
+    -> a dictionary for result.json; {"pool", "spatial": (mean, covariance)}, empty for images; Images or None.
     """
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
     images = open_images(path, crop, jpeg) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
-        return Reference({**images.about, "images": images.count, "size": images.size}, {}, images)
+        return {**images.about, "images": images.count, "size": images.size}, {}, images
     if not {"mu", "sigma"} <= arrays.keys():
         raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
     made = json.loads(str(arrays["about"])) if "about" in arrays else {}
@@ -346,9 +298,7 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False) 
                           ("pr" in metrics and not images, "images for precision and recall")):
         if lacking:
             raise UserError(f"{path} has no {what}; choose other --metrics or another reference.")
-    return Reference({**made, "path": path, "hash": file_hash(path)}, statistics, images)
-
-
+    return {**made, "path": path, "hash": file_hash(path)}, statistics, images
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -363,30 +313,33 @@ def stops_here(args, images: Images) -> bool:
 
 def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
-    statistics, rows = ({features[m] for m in args.metrics if m in features} for features in (STATISTICS, ROWS))
-    reference = args.reference and open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
+    about, real, real_images = None, {}, None
+    if args.reference:
+        about, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
     images = draw_images(args, world.device) if args.run else open_images(args.generated, jpeg=args.jpeg)
-    if reference and reference.statistics and reference.about.get("size", images.size) != images.size:
-        raise UserError(f"{args.reference} comes from images of {reference.about['size']} pixels, but these have "
-                        f"{images.size}; make it again with another --crop.")
+    if real and about.get("size", images.size) != images.size:
+        raise UserError(f"{args.reference} comes from images of {about['size']} pixels, but these have {images.size}; "
+                        f"make it again with another --crop.")
     if stops_here(args, images):
         return
-    real, real_rows = reference.statistics if reference else {}, {}
-    if reference and ("pr" in args.metrics or not real):
-        measured = set() if real else statistics
-        computed, real_rows = measure(reference.images, model, measured, rows & {"pool"}, world, args.batch)
-        real = real or computed
+    statistics = {name for metric, name in (("fid", "pool"), ("sfid", "spatial")) if metric in args.metrics}
+    rows = {name for metric, name in (("is", "logits"), ("pr", "pool")) if metric in args.metrics}
+    if real_images and ("pr" in args.metrics or not real):
+        # Images beside statistics are a part of the images behind them (ADM: 10,000 of 1.28 million): not for FID.
+        lacking = set() if real else statistics
+        measured, real_rows = measure(real_images, model, lacking, rows & {"pool"}, world, args.batch)
+        real = real or measured
     fake, fake_rows = measure(images, model, statistics, rows, world, args.batch)
     if world.rank > 0:
         return
     figures = {figure: frechet_distance(*real[name], *fake[name])
-               for figure, name in (("gfid", "pool"), ("sfid", "spatial")) if name in fake}
+               for figure, name in (("gfid", "pool"), ("sfid", "spatial")) if name in statistics}
     if "is" in args.metrics:
         figures["is"], figures["is_std"] = score_logits(fake_rows["logits"], images.names, args.protocol)
     if "pr" in args.metrics:
         pools = (rows["pool"].to(world.device) for rows in (real_rows, fake_rows))
         figures["precision"], figures["recall"] = precision_recall(*pools)
-    report(args, images, reference, {"generated": figures}, model, world)
+    report(args, images, about, {"generated": figures}, model, world)
 
 
 def reconstruct(args, model, world):
@@ -405,8 +358,9 @@ def reconstruct(args, model, world):
         out = {"pool": model(images)["pool"]}
         for kind, tokenizer in tokenizers.items():
             tokens = tokenizer.encode(to_float(images))
-            tokens = tokenizer.sample(tokens, noise=0.0) if kind == "kl" else tokens  # KL: the posterior's mean
-            decoded = sample.to_uint8(tokenizer.decode(tokens))
+            # KL decodes the posterior's mean. The latent scale is not needed: a file may not know it, and it cancels.
+            decoded = tokenizer.decode(tokens) if kind == "vq" else tokenizer.to_images(tokenizer.posterior(tokens)[0])
+            decoded = sample.to_uint8(decoded)
             out[kind] = model(decoded)["pool"]
             out[f"{kind} pixels"] = torch.stack(psnr_ssim(images, decoded), 1)      # [B, 2]
         return out
@@ -471,19 +425,19 @@ def labelled(figures, n) -> dict:
     return text | ({"IS": f"{text['IS']} ± {figures['is_std']:.4f}"} if "IS" in text else {})
 
 
-def report(args, images: Images, reference: Reference | None, figures, model, world):
+def report(args, images: Images, reference: dict | None, figures, model, world):
     """Prints the figures and writes result.json with everything that they depend on."""
     n, folder = images.count, args.generated if args.generated and os.path.isdir(args.generated) else ""
     out, seconds = args.out or os.path.join(folder, "result.json"), round(time.time() - args.start, 1)
     result = {"figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
-              "reference": reference and reference.about, "reconstructed": args.reconstruct, "inception": model.about,
+              "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds}
     write_file(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
     for row, values in figures.items():
         for name, text in labelled(values, n).items():
             print0(f"{row:12} {name:12} {text}")
-    fewest = min(n, reference and reference.about.get("images") or n)
+    fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: an FID falls with the number of images; papers use 50,000, so compare {n} only with {n}")
     if fewest < 2048 and "fid" in str(figures):
@@ -512,11 +466,14 @@ def read_flags():
     draw.add_argument("--class", dest="class_", metavar="CLASS", help="default: all")
     draw.add_argument("--seed", type=int, help="default 0")
     sample.add_sampling_flags(draw)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.table and not args.paths:
+        raise UserError("--table needs result files: --table A/result.json B/result.json.")
+    return args if args.table else check_flags(args)
 
 
 def check_flags(args):
-    """Refuses flags that do not fit together. Names the paths: args.generated, args.reference, args.images."""
+    """Refuses flags that do not fit together. -> args with named paths: args.generated, args.reference, args.images."""
     drawing = [getattr(args, name) for name in ("num", "class_", "seed", *(f.name for f in fields(Sampling)))]
     metrics = args.metrics.split(",") if args.metrics else PROTOCOLS[args.protocol][1]
     if args.save or args.reconstruct:
@@ -540,15 +497,13 @@ def check_flags(args):
             raise UserError(text + ".")
     args.metrics, args.generated, args.reference, args.images = metrics, None, None, None
     vars(args).update(zip(names, args.paths))
+    return args
 
 
 def main():
     args = read_flags()
     if args.table:
-        if not args.paths:
-            raise UserError("--table needs result files: --table A/result.json B/result.json.")
         return print(table(args.paths))
-    check_flags(args)
     world, args.start = setup(args.device), time.time()
     model = Inception(find_inception(args.inception), PROTOCOLS[args.protocol][0])
     if world.device.type != "cpu":

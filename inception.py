@@ -7,8 +7,8 @@
 
 The architecture is Inception v3 (Szegedy et al. 1512.00567) under torchvision's names, as in the weights file that
 pytorch-fid and torch-fidelity publish. This graph differs from torchvision's model: average pooling does not count the
-padding, the last block pools by maximum, and the weights are others. fid.py calls this module; tools/bench.py compares
-Inception with Network, whose batch norms are not folded.
+padding, the last block pools by maximum, and the weights are others. fid.py calls Inception and `measure`, which runs
+it over many images. tools/bench.py compares it with Network, whose batch norms are not folded.
 """
 import hashlib
 import os
@@ -18,9 +18,10 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError
+from runtime import UserError, gather
 
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth",       # pytorch-fid's name
            "weights-inception-2015-12-05-6726825d.pth")  # torch-fidelity's name for the same tensors
@@ -254,3 +255,48 @@ def find_inception(path: str | None) -> str:
     raise UserError(f"{f'{named} is not there' if named else 'the Inception weights are missing'}: get {WEIGHTS[0]} "
                     f"(96 MB, release fid_weights of mseitzer/pytorch-fid on GitHub), then give --inception FILE, set "
                     f"D2C_INCEPTION, or put it into {hub}.")
+
+
+# ---------------------------------------------------------------------------------------- features of many images
+
+def products(rows):
+    """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
+
+    Those of batches and of ranks add up. In float64, because float32 would move an FID by 2e-5.
+    """
+    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
+    rows = F.pad(rows, (1, 0), value=1.0)
+    return rows.T @ rows
+
+
+def mean_and_covariance(products):
+    """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
+    n = int(products[0, 0])
+    if n < 2:
+        raise UserError(f"{n} images have no covariance; an FID needs many images, in papers 50,000.")
+    mean = products[0, 1:] / n
+    return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
+
+
+def measure(images, features, statistics: set, rows: set, world, batch: int):
+    """Sends images (fid.Images) through `features`, which maps a batch [B, 3, H, W] to a dictionary of name: [B, D].
+
+    -> two dictionaries: (mean, covariance) of each name in `statistics`, and all rows [N, D] of each name in `rows`,
+    in the order of the images. Only rank 0 gets them; the dictionaries of the other ranks are empty.
+    """
+    starts = range(0, images.count, batch)
+    # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
+    # share a batch, and the features must not depend on the number of ranks.
+    starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
+    batches = images.batches(range(i, min(i + batch, images.count)) for i in starts)
+    sums, kept = {}, {name: [] for name in rows}
+    for pixels in tqdm(batches, images.about["path"], len(starts), disable=world.rank > 0):
+        out = features(pixels.to(world.device))
+        sums = {name: sums.get(name, 0) + products(out[name]) for name in statistics}
+        for name in rows:
+            kept[name].append(out[name].cpu())
+    ranks = gather(({name: total.cpu() for name, total in sums.items()}, kept))
+    if ranks is None:
+        return {}, {}
+    return ({name: mean_and_covariance(sum(sums.get(name, 0) for sums, _ in ranks)) for name in statistics},
+            {name: torch.cat([part for _, kept in ranks for part in kept[name]]) for name in rows})

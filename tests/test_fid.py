@@ -49,7 +49,7 @@ def relative(a, b):
 
 
 def statistics(rows, batch=16):
-    return fid.mean_and_covariance(sum(fid.products(part) for part in torch.as_tensor(rows).split(batch)))
+    return inception.mean_and_covariance(sum(inception.products(part) for part in torch.as_tensor(rows).split(batch)))
 
 
 # --------------------------------------------------------------------------------------------------------- Inception
@@ -194,8 +194,8 @@ def test_statistics_are_those_of_all_rows():
     for mean, cov in (statistics(x, 500), statistics(x, 7)):
         assert np.allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
         assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
-    both = fid.products(x[:400]) + fid.products(x[400:])
-    for one, two in zip(fid.mean_and_covariance(both), statistics(x)):
+    both = inception.products(x[:400]) + inception.products(x[400:])
+    for one, two in zip(inception.mean_and_covariance(both), statistics(x)):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-9)
     with pytest.raises(UserError, match="1 images have no covariance"):
         statistics(x[:1])
@@ -423,7 +423,7 @@ def test_crop_of_a_reference(fake, toy, works, tmp_path):
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(f"photos/{i}.png")
     images = fid.open_images("photos", crop=32)
-    assert images.size == [32, 32] and images.load(1, 3).shape == (2, 3, 32, 32)
+    assert images.size == [32, 32] and next(iter(images.batches([range(1, 3)]))).shape == (2, 3, 32, 32)
     works("fid", "photos", "--save", "ours.npz", "--crop", 32)
     made = json.loads(str(np.load("ours.npz")["about"]))
     assert made["crop"] == 32 and made["size"] == [32, 32] and made["images"] == 4
@@ -434,7 +434,7 @@ def test_reconstruction(fake, toy, works, copy_run):
     said = works("fid", "--reconstruct", toy.run, toy.images, "--batch", 50)
     both = result()["figures"]
     assert set(both) == {"vq", "kl"} and "rFID@130" in said and "gFID" not in said
-    images = fid.open_images(toy.images, crop=32).load(0, 130)
+    images = next(iter(fid.open_images(toy.images, crop=32).batches([range(130)])))
     vq = sample.load_run(toy.run).vq
     again = sample.to_uint8(vq.decode(vq.encode(images.float() / 127.5 - 1)))
     psnr = 10 * (255**2 / ((images.double() - again.double()) ** 2).mean((1, 2, 3))).log10()
