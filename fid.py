@@ -304,28 +304,29 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
 # ------------------------------------------------------------------------------------------------------ command line
 
 def stops_here(args, images: Images) -> bool:
-    """Prints what is about to be scored. True with --dry-run, which asks for no more."""
-    size = "x".join(map(str, images.size))
-    print0(f"{images.count} images of {size} pixels: {images.about['path']}, reference {args.reference}, "
+    """Prints what is about to be measured. True with --dry-run, which asks for no more."""
+    against = f" against {args.reference}" if args.reference else ""
+    print0(f"{images.count} images of {images.size[0]}x{images.size[1]} pixels: {images.about['path']}{against}, "
            f"protocol {args.protocol}")
     return args.dry_run
 
 
 def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
-    about, real, real_images = None, {}, None
+    reference, real, real_images = None, {}, None
     if args.reference:
-        about, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
+        reference, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
     images = draw_images(args, world.device) if args.run else open_images(args.generated, jpeg=args.jpeg)
-    if real and about.get("size", images.size) != images.size:
-        raise UserError(f"{args.reference} comes from images of {about['size']} pixels, but these have {images.size}; "
-                        f"make it again with another --crop.")
+    if real and reference.get("size", images.size) != images.size:
+        raise UserError(f"{args.reference} comes from images of {reference['size']} pixels, but these have "
+                        f"{images.size}; make it again with another --crop.")
     if stops_here(args, images):
         return
     statistics = {name for metric, name in (("fid", "pool"), ("sfid", "spatial")) if metric in args.metrics}
     rows = {name for metric, name in (("is", "logits"), ("pr", "pool")) if metric in args.metrics}
+    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
+    # precision and recall; the file's statistics serve FID.
     if real_images and ("pr" in args.metrics or not real):
-        # Images beside statistics are a part of the images behind them (ADM: 10,000 of 1.28 million): not for FID.
         lacking = set() if real else statistics
         measured, real_rows = measure(real_images, model, lacking, rows & {"pool"}, world, args.batch)
         real = real or measured
@@ -337,9 +338,9 @@ def score(args, model, world):
     if "is" in args.metrics:
         figures["is"], figures["is_std"] = score_logits(fake_rows["logits"], images.names, args.protocol)
     if "pr" in args.metrics:
-        pools = (rows["pool"].to(world.device) for rows in (real_rows, fake_rows))
+        pools = (features["pool"].to(world.device) for features in (real_rows, fake_rows))
         figures["precision"], figures["recall"] = precision_recall(*pools)
-    report(args, images, about, {"generated": figures}, model, world)
+    report(args, images, reference, {"generated": figures}, model, world)
 
 
 def reconstruct(args, model, world):
@@ -439,7 +440,7 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
             print0(f"{row:12} {name:12} {text}")
     fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):
-        print0(f"note: an FID falls with the number of images; papers use 50,000, so compare {n} only with {n}")
+        print0(f"note: an FID falls with the number of images; compare it only with another FID@{n} (papers: 50,000)")
     if fewest < 2048 and "fid" in str(figures):
         print0(f"warning: {fewest} images are fewer than the 2,048 features, so their covariance is singular")
     print0(f"{out}: {n} images, {seconds} s")

@@ -290,7 +290,7 @@ def measure(images, features, statistics: set, rows: set, world, batch: int):
     starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
     batches = images.batches(range(i, min(i + batch, images.count)) for i in starts)
     sums, kept = {}, {name: [] for name in rows}
-    for pixels in tqdm(batches, images.about["path"], len(starts), disable=world.rank > 0):
+    for pixels in tqdm(batches, images.about["path"], len(starts), unit="batch", disable=world.rank > 0):
         out = features(pixels.to(world.device))
         sums = {name: sums.get(name, 0) + products(out[name]) for name in statistics}
         for name in rows:

@@ -5,9 +5,9 @@ under the published names. Features agree to 1e-4 relative (folding and memory o
 """
 import hashlib
 import json
-import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import linalg, ndimage
 from torch import nn
 
+import checkpoints
 import fid
 import inception
 import sample
@@ -89,6 +90,17 @@ def test_published_layout(networks):
         assert (unit.stride, unit.padding) == ((stride, stride), padding)
 
 
+def test_folding_changes_only_rounding(golden, weights, networks):
+    """Against the network with batch norms of its own, channels first."""
+    plain = inception.Network().eval()
+    plain.load_state_dict(torch.load(weights))
+    images = golden["images_32"].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        want = plain(inception.resize_torch(images))
+    for name, features in networks["torch"](images).items():
+        assert relative(features, want[name]) < 1e-5, name
+
+
 def test_weights_files(weights, tmp_path):
     """Counters of batch norms are ignored; other networks and damaged files are refused with one sentence."""
     state = torch.load(weights)
@@ -99,6 +111,11 @@ def test_weights_files(weights, tmp_path):
     torch.save(state | {"AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "torchvision.pth")
     with pytest.raises(UserError, match="not the Inception.*AuxLogits"):
         fid.Inception(str(tmp_path / "torchvision.pth"))
+    torch.save(state | {"fc.bias": torch.zeros(1000)}, tmp_path / "classes.pth")
+    torch.save({"model": state}, tmp_path / "nested.pth")
+    for name, tensor in (("classes", "fc.bias"), ("nested", "Conv2d_1a_3x3")):
+        with pytest.raises(UserError, match=f"not the Inception.*{tensor}"):
+            fid.Inception(str(tmp_path / f"{name}.pth"))
     shutil.copy(weights, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
     with pytest.raises(UserError, match="damaged: its SHA-256 does not begin with 6726825d"):
         fid.Inception(str(tmp_path / "pt_inception-2015-12-05-6726825d.pth"))
@@ -442,7 +459,10 @@ def test_reconstruction(fake, toy, works, copy_run):
     model = Fake(None)
     want = diagonal_distance(*statistics(model(images)["pool"]), *statistics(model(again)["pool"]))
     assert both["vq"]["rfid"] == pytest.approx(want, rel=1e-3, abs=1e-6)
-    works("fid", "--reconstruct", copy_run("kl"), toy.images)
+    kl = Path(copy_run("kl")) / "kl.pt"
+    config, state = checkpoints.load(str(kl), "kl")
+    checkpoints.save(str(kl), "kl", replace(config, scale=None), state, image_size=32)  # not measured yet
+    works("fid", "--reconstruct", kl.parent, toy.images)
     assert result()["figures"]["kl"]["psnr"] == pytest.approx(both["kl"]["psnr"], rel=1e-3)
     assert list(result()["figures"]) == ["kl"]
 
@@ -484,8 +504,8 @@ def test_dry_run(fake, drawn, toy, works):
 # ---------------------------------------------------------------------------------------------------------- whole paths
 
 def test_two_ranks_give_the_same_figures(drawn, golden, weights, works, two_ranks, tmp_path):
-    """With the real network. Batches are the same on any number of ranks, so are the features. The last is short, and
-    of the reference the second rank sees none."""
+    """With the real network: batches are the same for any number of ranks, so the features are the same too. The last
+    batch is short, and the reference is one batch, so the first rank sees nothing of it."""
     np.savez(tmp_path / "reference.npz", arr_0=golden["images_32"].numpy())
     command = (drawn / "x", tmp_path / "reference.npz", "--inception", weights, "--metrics", "is,pr,fid", "--batch", 10)
     saved = lambda name: (drawn / "x", "--save", tmp_path / name, "--inception", weights, "--batch", 10)
