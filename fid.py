@@ -159,7 +159,7 @@ class Images:
 
 
 def about_images(path, content_hash, labels, settings=None) -> dict:
-    """What result.json says about images. labels: their classes, or None. settings: by default what sample.py left."""
+    """What result.json says about images. labels: their classes, or None. settings: by default those beside `path`."""
     settings = settings or sample.read_settings(path.removesuffix(".npz"))
     if settings and settings.get("coarse"):
         raise UserError(f"{path} holds images beside their decoded codes; draw them again without --show-coarse.")
@@ -175,12 +175,12 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
     if not os.path.isdir(root):
         raise UserError(f"{root} is neither a folder of images nor an .npz or .pt file.")
     found = glob.glob("**", root_dir=root, recursive=True)  # at any depth; no hidden files and folders
-    files, threads = sorted(f for f in found if f.lower().endswith(LOSSLESS + LOSSY)), ThreadPoolExecutor(4)
+    files = sorted(f for f in found if f.lower().endswith(LOSSLESS + LOSSY))
     if not files:
         raise UserError(f"{root} holds no images ({', '.join(LOSSLESS)}).")
     if not jpeg and (lossy := [f for f in files if f.lower().endswith(LOSSY)]):
-        raise UserError(f"{root} holds {len(lossy)} compressed images, e.g. {lossy[0]}, which changes an FID; save "
-                        f"images as PNG, or give --jpeg if these files are the originals.")
+        raise UserError(f"{root} holds {len(lossy)} compressed images, e.g. {lossy[0]}. Compression changes an FID: "
+                        f"save PNG files, or give --jpeg if these are the originals.")
     if gone := [f for f in files if not os.path.exists(os.path.join(root, f))]:
         raise UserError(f"{root}/{gone[0]} is a link to a file that does not exist; make it again or remove it.")
     content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
@@ -194,13 +194,14 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
             raise UserError(f"{root}/{file} is no readable image; make it again or remove it.")
         return image
 
+    size, threads = [*read(files[0]).shape[1:]], ThreadPoolExecutor(4)
+
     def load(numbers):
         images = list(threads.map(read, files[numbers.start:numbers.stop]))
         if odd := [i for i, image in zip(numbers, images) if [*image.shape[1:]] != size]:
             raise UserError(f"{root} holds images of several sizes, see {files[odd[0]]}; --crop cuts a reference.")
         return torch.from_numpy(np.stack(images))
 
-    size = [*read(files[0]).shape[1:]]
     return Images(len(files), size, partial(ahead, load), about, files)
 
 

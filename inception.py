@@ -6,9 +6,9 @@
     logits   [B, 1008]  for the Inception Score, without the classifier's bias
 
 The architecture is Inception v3 (Szegedy et al. 1512.00567) under torchvision's names, as in the weights file that
-pytorch-fid and torch-fidelity publish. This graph differs from torchvision's model: average pooling does not count the
-padding, the last block pools by maximum, and the weights are others. fid.py calls Inception and `measure`, which runs
-it over many images. tools/bench.py compares it with Network, whose batch norms are not folded.
+pytorch-fid and torch-fidelity publish. This graph differs from torchvision's model in three points: average pooling
+does not count the padding, the last block pools by maximum, and the weights come from another training. fid.py calls
+Inception, and `measure` to run it over many images. tools/bench.py compares it with Network, which is not folded.
 """
 import hashlib
 import os
@@ -30,7 +30,7 @@ WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth",       # pytorch-fid's name
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 class ConvBN(nn.Module):
-    """Convolution without bias, batch norm, ReLU. Stride 1 keeps the size of the map, except without padding."""
+    """A unit: convolution without bias, batch norm, ReLU. It keeps the size of the map if the stride is 1, with pad."""
 
     def __init__(self, cin, cout, kernel=(1, 1), stride=1, pad=True):
         super().__init__()
@@ -49,12 +49,12 @@ class ConvBN(nn.Module):
         self.bn = nn.Identity()
 
 
-average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)  # torchvision counts it
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
-# Each block runs its branches on the same input. A branch is a chain of units, numbered in their order. The order in
+# Each block runs its branches on the same input. A branch is a chain of units; the names count the units. The order in
 # torch.cat fixes the channel numbers, on which the next block's weights and sFID depend.
 
 class InceptionA(nn.Module):
@@ -262,7 +262,7 @@ def find_inception(path: str | None) -> str:
 def products(rows):
     """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
 
-    Those of batches and of ranks add up. In float64, because float32 would move an FID by 2e-5.
+    Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5.
     """
     rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
     rows = F.pad(rows, (1, 0), value=1.0)
