@@ -314,4 +314,4 @@ def test_training_loop_on_a_fake_gpu(toy, copy_run, script, monkeypatch, stage, 
     with fake_gpu(copies=True) as gpu:
         gpu.active = False
         result = script(*command(toy, stage, run, 9, *more, "--log-every", 9))
-    assert steps == [META] * 3 and result.err.rstrip().endswith("ThreeSteps"), result.err
+    assert steps == [META] * 3, result.err
