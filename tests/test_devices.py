@@ -263,7 +263,7 @@ def test_prior_on_a_fake_gpu():
 
 
 def test_tokenizers_on_a_fake_gpu():
-    for config in (VQ_SMALL, VQ_LINEAR, KL_SMALL, KL_LINEAR, replace(KL_LINEAR, merge=2, noise=0.5)):
+    for config in (VQ_LINEAR, replace(KL_LINEAR, merge=2, noise=0.5)):
         with META:
             model, images = make_tokenizer(config), torch.empty(2, 3, 32, 32)
         with fake_gpu():
@@ -276,8 +276,8 @@ def test_tokenizers_on_a_fake_gpu():
                 assert model.decode(model.encode(images)).shape == images.shape
 
 
-class ThreeSteps(Exception):
-    """Ends train.py after the third step: what follows writes files, which meta tensors cannot."""
+class TwoSteps(Exception):
+    """Ends train.py at its second step: what follows writes files, which meta tensors cannot."""
 
 
 @pytest.mark.parametrize("stage, more", [(0, ()), (1, ()), (2, ("--condition", "mixed:0.5")), (2, ("--accumulate", 2))])
@@ -298,8 +298,8 @@ def test_training_loop_on_a_fake_gpu(toy, copy_run, script, monkeypatch, stage, 
 
     def step_unless(bad, optimizer):  # in the place of the optimizer's step, which PyTorch lacks for meta tensors
         steps.append(bad.device)
-        if len(steps) == 3:
-            raise ThreeSteps
+        if len(steps) == 2:
+            raise TwoSteps
 
     def fake_rng(device, *key):
         return numbers() if torch.device(device).type == "meta" else rng(device, *key)
@@ -314,4 +314,4 @@ def test_training_loop_on_a_fake_gpu(toy, copy_run, script, monkeypatch, stage, 
     with fake_gpu(copies=True) as gpu:
         gpu.active = False
         result = script(*command(toy, stage, run, 9, *more, "--log-every", 9))
-    assert steps == [META] * 3, result.err
+    assert steps == [META] * 2, result.err
