@@ -55,7 +55,8 @@ every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 FP32, LOOP = 1e-4, 3e-4   # forward and backward passes; sampling loops, whose first reverse steps amplify rounding
 # The bounds below WERE NOT MEASURED YET. To measure them, run this file on a GPU, set each bound to twice the largest
 # error that the tests print for it, and delete this sentence.
-BF16_LOSS, BF16_GRADIENT, BF16_LATENTS = 0.01, 0.1, 0.2   # bf16 and TF32 as in training, against fp32 on the CPU
+BF16_LOSS, BF16_GRADIENT, BF16_LATENTS = 0.01, 0.03, 0.05   # bf16 and TF32 as in training, against fp32 on the CPU
+BF16_TOKENIZER = 0.4                  # the gradient of a tokenizer: bf16 moves some codes of VQ to another vector
 COMPILED, SAME_CURVE = 1e-3, 0.02     # compiled blocks against eager ones; losses of one training run in two ways
 PIXELS = 0.5                          # mean difference of two pictures, in levels of 255
 PEAK_GB, PEAK_DEVIATION = 36, 0.2     # a training step of D2C-B, a pass of 32 images: computed (docs/speed.md)
@@ -173,7 +174,7 @@ def test_forward_and_backward(name, check):
     with autocast():
         got, gradient = loss_and_gradient(*component, DEVICE)
     check("bf16 loss", relative(got, want), BF16_LOSS)
-    check("bf16 gradient", relative(gradient, slopes), BF16_GRADIENT)
+    check("bf16 gradient", relative(gradient, slopes), BF16_TOKENIZER if name[:2] in ("VQ", "KL") else BF16_GRADIENT)
 
 
 def test_tokenizers_encode_and_decode(check):
