@@ -32,7 +32,8 @@ import torch
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from runtime import UserError, barrier, is_first, print0, run_script, write_file
+from faults import run_script
+from runtime import UserError, barrier, is_first, print0, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1

@@ -40,7 +40,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, barrier, print0, setup, sweep, write_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26  # of an image: 64 million; PIL's own limits only warn at first

@@ -42,7 +42,8 @@ import checkpoints
 import sample
 from data import ahead, read_image, text_hash
 from presets import Sampling
-from runtime import UserError, barrier, gather, print0, run_script, setup, write_file
+from faults import run_script
+from runtime import UserError, barrier, gather, print0, setup, write_file
 
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # two names, one layout
 METRICS = ("fid", "sfid", "is", "pr")

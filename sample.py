@@ -34,7 +34,8 @@ from diffloss import Graphs
 from generator import Block, Generator, Prepared
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, autocast, barrier, print0, rng, setup, sweep, write_file
 from tokenizers import KL, VQ
 
 

@@ -43,8 +43,9 @@ from data import Cache, Folder, ahead
 from diffloss import T as TIMESTEPS, HeadNet, tf32
 from fusion import FUSIONS, Attention
 from presets import PRESETS
-from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
-                     print0, rng, run_script, setup, shard_moments, spread, step_unless, sweep, whole)
+from faults import Stopped, Watch, is_restart, run_script, step_unless
+from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, log, passes, print0, rng, setup,
+                     shard_moments, spread, sweep, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
 
 
@@ -276,7 +277,7 @@ def true_share(condition: str) -> tuple:
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
 BLOCKS = (generator.Block, prior.Block)           # what --recompute forgets
-SHARDED = (*BLOCKS, Attention)                    # what --shard puts together one by one
+SHARDED = {**dict.fromkeys(BLOCKS, ()), Attention: ("keys_values",)}                    # what --shard puts together one by one
 COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)   # what --compile compiles
 
 
