@@ -27,6 +27,13 @@ class UserError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do; scripts print it, no traceback."""
 
 
+def refuse(problems):
+    """problems: pairs (is this wrong?, sentence without its full stop). Raises the sentence of the first wrong one."""
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(f"{sentence}.")
+
+
 @dataclass(frozen=True)
 class World:
     """This process among `size` processes. `device` is where its models live."""
@@ -218,6 +225,19 @@ def log(path: str, **record):
 
 
 # -------------------------------------------------------------------------------------------------------- many GPUs
+
+def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
+    """Divides a global batch among ranks and accumulated passes. -> images per rank and pass, number of passes.
+
+    passes None: as few as possible with at most `most` images per rank and pass.
+    """
+    rank = batch // world.size
+    fitting = [n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most]
+    passes = passes or min(fitting, default=1)
+    images, rest = divmod(batch, world.size * passes)
+    refuse([(rest, f"a batch of {batch} does not divide into {world.size} ranks x {passes} passes; change --batch")])
+    return images, passes
+
 
 def spread(module, ema, world: World, shard: bool, parts: dict):
     """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
