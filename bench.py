@@ -6,8 +6,8 @@
     python bench.py growth --preset tiny                 as batch, iterations and the number of images grow
     python bench.py cost --preset d2c-l                  memory and time of a whole training, computed and not run
 
-The plain forms are the textbook loops of tests/reference.py on the same weights and the same noise; the tests assert
-that both give the same. A machine's speed drifts, so the two take turns, A B A B, and what is printed is the median
+The plain forms are the textbook loops of the modules, ours those of fast.py, on the same weights and noise; the tests
+assert that both give the same. A machine's speed drifts, so the two take turns, A B A B, and what is printed is the median
 ratio with the smallest and the largest. GFLOP are counted (torch.utils.flop_counter), and set against the rate of a
 large fp32 matrix product measured in the same run. Weights are random, where zero would be faster.
 """
@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
+import fast
 import fid
 import generator
 import prior
@@ -110,17 +111,17 @@ def bench_head(args, preset):
         z, z_null = torch.randn(2, rows, c.dim, device=device)
         noise = torch.randn(args.steps + 1, rows, c.token_dim, device=device)
         how = z, z_null, 3.0, args.steps, 1.0, noise
-        yield compare(args, lambda: reference.head_sample(head, *how), lambda: head.sample(*how),
-                      counted(lambda: head.sample(*how)), rows / c.grid**2, f"{rows} rows, {args.steps} steps")
+        yield compare(args, lambda: head.sample(*how), lambda: fast.sample_head(head, *how),
+                      counted(lambda: fast.sample_head(head, *how)), rows / c.grid**2, f"{rows} rows, {args.steps} steps")
 
 
 def bench_prior(args, preset):
     """All codes of a batch, guided."""
     model = random_weights(prior.Prior(preset.prior)).to(args.device)
     B, L = args.batch, preset.prior.grid**2
-    classes, uniform = torch.arange(B, device=args.device), torch.rand(B, L, device=args.device)
-    ours = lambda: model.generate(classes, 2.0, generator=torch.Generator(args.device).manual_seed(0))
-    yield compare(args, lambda: reference.prior_generate(model, classes, 2.0, 1.0, uniform), ours, counted(ours), B,
+    classes = torch.arange(B, device=args.device)
+    ours = lambda: fast.generate_codes(model, classes, 2.0)
+    yield compare(args, lambda: model.generate(classes, 2.0), ours, counted(ours), B,
                   f"batch {B}, {L} codes")
 
 
@@ -139,8 +140,8 @@ def bench_generator(args, preset):
     """The iterative decoder at equal settings."""
     model = random_weights(Generator(preset.generator)).to(args.device)
     how = decoding(args, model, args.iterations)
-    yield compare(args, lambda: reference.generate(model, *how), lambda: model.generate(*how),
-                  counted(lambda: model.generate(*how)), args.batch,
+    yield compare(args, lambda: model.generate(*how), lambda: fast.generate(model, *how),
+                  counted(lambda: fast.generate(model, *how)), args.batch,
                   f"{model.config.fusion}, batch {args.batch}, {args.iterations} iterations x {args.steps}")
 
 
@@ -152,10 +153,10 @@ def bench_d2c(args, preset):
     how, plain = decoding(args, second, args.iterations), decoding(args, mar, min(4 * args.iterations, mar.config.grid**2))
 
     def ours():
-        codes = first.generate(how[0], 2.0)
-        second.generate(how[0], codes, *how[2:])
+        codes = fast.generate_codes(first, how[0], 2.0)
+        fast.generate(second, how[0], codes, *how[2:])
 
-    yield compare(args, lambda: reference.generate(mar, *plain), ours, counted(ours), args.batch,
+    yield compare(args, lambda: mar.generate(*plain), ours, counted(ours), args.batch,
                   f"D2C {how[2]} x {args.steps} against plain MAR {plain[2]} x {args.steps}, batch {args.batch}")
 
 
@@ -165,25 +166,29 @@ def mean_visible(L):
     return L - round(L * statistics.mean(generator.mask_ratio((i + 0.5) / 100, low) for i in range(100)))
 
 
+def mean_uniform(L):
+    """The uniform number that gives the masking ratio of an average training step."""
+    low, mean = generator.GeneratorConfig.mask_min, 1 - mean_visible(L) / L
+    return min((i / 1000 for i in range(1000)), key=lambda u: abs(generator.mask_ratio(u, low) - mean))
+
+
 def bench_train(args, preset):
     """Loss and gradient of the generator; plain: the head on all tokens, masked afterwards."""
     c, B, device = preset.generator, args.batch, args.device
     model, L = random_weights(Generator(replace(c, dropout=0.0))).to(device).train(), c.grid**2
-    visible = mean_visible(L)
-    latents, mask = torch.randn(B, L, c.token_dim, device=device), torch.rand(B, L, device=device).argsort(1) >= visible
+    draws = model.draw(B, uniform=mean_uniform(L))
+    latents, classes = torch.randn(B, L, c.token_dim, device=device), torch.arange(B, device=device) % c.classes
     codes = torch.randint(c.vocab, (B, L), device=device)
-    t = torch.randint(1000, (c.batch_mul, B, L), device=device)
-    noise = torch.randn(c.batch_mul, B, L, c.token_dim, device=device)
-    how = latents, torch.arange(B, device=device) % c.classes, codes, mask.float(), t, noise
 
-    def step(loss, *more):
+    def step(loss, *how):
         with autocast(device):
-            value = loss(*how, *more)
+            value = loss(latents, classes, codes, *how)
         value.backward()
         model.zero_grad(set_to_none=True)
 
-    plain, ours = lambda: step(lambda *how: reference.loss(model, *how)), lambda: step(model.loss, visible)
-    yield compare(args, plain, ours, counted(ours), B, f"batch {B}, {c.batch_mul} draws, {L - visible} of {L} hidden")
+    plain = lambda: step(model.loss, draws.mask, draws.t, draws.noise, draws.null)
+    ours = lambda: step(lambda *how: fast.loss(model, *how), draws)
+    yield compare(args, plain, ours, counted(ours), B, f"batch {B}, {c.batch_mul} draws, {draws.hidden} of {L} hidden")
 
 
 def bench_tokenise(args, preset):
@@ -214,7 +219,7 @@ def bench_fid(args, preset):
 def bench_growth(args, preset):
     """Class to picture with random weights: images/s by batch, seconds by iterations, memory by number of images."""
     models = [random_weights(m).to(args.device) for m in
-              (KL(preset.kl), Generator(preset.generator), VQ(preset.vq), prior.Prior(preset.prior))]
+              (KL(replace(preset.kl, scale=1.0)), Generator(preset.generator), VQ(preset.vq), prior.Prior(preset.prior))]
     names = [[i, str(i)] for i in range(preset.generator.classes)]
     run, s = sample.Run(*models, names, preset.sampling, args.device), preset.sampling
     draw = lambda B, n=s.iterations: seconds(lambda: sample.generate(run, [0] * B, 0, range(B),
@@ -241,14 +246,14 @@ def training_step(config: generator.GeneratorConfig, teacher: prior.PriorConfig)
         return x
 
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model, L, M = Generator(replace(config, dropout=0.0)).train(), config.grid**2, config.batch_mul
+        model, L = Generator(replace(config, dropout=0.0)).train(), config.grid**2
         classes = torch.zeros(1, dtype=torch.long)
         codes = classes.expand(1, L)
         if model.fusion.reads_codes:
             prior.Prior(teacher).eval().resample(codes, classes, torch.rand(1, L))
-        how = torch.empty(1, L, config.token_dim), classes, codes, torch.empty(1, L), torch.zeros(M, 1, L).long()
+        latents, draws = torch.empty(1, L, config.token_dim), model.draw(1, uniform=mean_uniform(L))
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = model.loss(*how, torch.empty(M, 1, L, config.token_dim), visible=mean_visible(L))
+            loss = fast.loss(model, latents, classes, codes, draws)
         loss.backward()
     return counter.get_total_flops(), sum(kept.values()), sum(p.numel() for p in model.parameters())
 

@@ -146,28 +146,6 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
-class Linear(torch.nn.Linear):
-    """The same product x W^T + b, for few rows on a CPU in the order that suits its library, 1.2 to 2 times as fast.
-
-    A step of a prior or a head has one row, with guidance two, for each code or token it draws. For 3 to some 48 rows
-    MKL first copies all of W to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32 parts as a
-    batch; of small W the copy costs nothing. The bounds are measured, on one kind of CPU (README.md, Speed).
-    """
-
-    def forward(self, x):
-        rows = x.shape[:-1].numel()
-        if not (x.is_cpu and 3 <= rows <= 48 and self.weight.numel() >= 2**19 and self.out_features % 32 == 0):
-            return super().forward(x)
-        flat = x.reshape(rows, -1)
-        if rows > 8:
-            y = (self.weight @ flat.T).T.contiguous()
-        else:
-            y = flat @ self.weight.view(32, -1, self.in_features).mT                     # [32, rows, out/32]
-            y = y.transpose(0, 1).reshape(rows, -1)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
-
-
 # ----------------------------------------------------------------------------------------------------------- files
 
 def write_file(path: str, fill, kept: str | None = None):
@@ -239,13 +217,12 @@ def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
     return images, passes
 
 
-def spread(module, ema, world: World, shard: bool, parts: dict):
+def spread(module, ema, world: World, shard: bool, parts: tuple):
     """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
     its gradient, moments and EMA (FSDP2). A module of one of the types `parts` is put together only while it computes,
-    all other parameters once a pass; parts[type] names the methods besides `forward` that compute with its parameters.
-    ema: the averages, which are sharded alike.
+    all other parameters once a pass. ema: the averages, which are sharded alike.
     """
     if not shard:
         if world.size == 1:
@@ -255,14 +232,11 @@ def spread(module, ema, world: World, shard: bool, parts: dict):
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh  # importing takes a second, so only --shard does it
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for m in [m for m in reversed(list(module.modules())) if type(m) in parts] + [module, *ema.values()]:
-        methods = parts.get(type(m), ())  # before fully_shard, which gives the module a type of its own
+    for m in [m for m in reversed(list(module.modules())) if isinstance(m, parts)] + [module, *ema.values()]:
         fully_shard(m, mesh=mesh)
-        for name in methods:
-            register_fsdp_forward_method(m, name)
     return module
 
 

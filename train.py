@@ -47,7 +47,7 @@ from fusion import FUSIONS, Attention
 from presets import PRESETS
 from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, passes, print0, refuse, rng,
                      setup, shard_moments, spread, sweep, whole)
-from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path, latent_scale
+from tokenizers import KL, VQ, Decoder, Encoder, latent_scale
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -122,7 +122,7 @@ class Tokenizers(Stage):
             if model.config.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
                 # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
-                fit_linear_path(model.double(), images.double(), rng("cpu", "linear path", self.args.seed))
+                model.double().fit_linear_path(images.double(), rng("cpu", "linear path", self.args.seed))
                 model.float()
 
     def forward(self, step, rows, images):
@@ -159,8 +159,8 @@ class Tokenizers(Stage):
         images = self.data.batch(range(8))[0].to(self.device)
         rows = [images] + ([models["vq"].decode(models["vq"].encode(images))] if "vq" in models else [])
         if "kl" in models:
-            moments = models["kl"].encode(images)
-            rows.append(models["kl"].decode(models["kl"].sample(moments, torch.zeros_like(moments.chunk(2, 1)[0]))))
+            kl = models["kl"]  # decode() would need the scale, which is not measured yet
+            rows.append(kl.to_images(kl.posterior(kl.encode(images))[0]))
         return sample.to_uint8(torch.cat(rows))
 
 
@@ -195,17 +195,17 @@ class GeneratorStage(Stage):
         if FUSIONS[fusion].reads_codes:
             self.load_prior()
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
-        config = replace(preset.generator, fusion=fusion, grid=self.grid, classes=len(self.classes), vocab=self.codes,
-                         code_dim=code_dim, token_dim=kl.config.z_channels)
+        config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.patch, code_grid=self.grid,
+                         classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
         model = generator.Generator(config)
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without a prior the table stays random
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
-        self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.tokens))
+        self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.grid**2))
         if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
             kl.set_scale(self.data.scale)
         if abs(self.data.scale / kl.config.scale - 1) > 0.05:
-            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training with kl.pt's {kl.config.scale:.4f}")
+            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training uses {kl.config.scale:.4f} of kl.pt")
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
 
     def load_prior(self):
@@ -228,7 +228,8 @@ class GeneratorStage(Stage):
 
     def forward(self, step, rows, codes, moments, classes):
         model, (first, last) = self.trained["generator"], self.true_share
-        draws = model.draw(self.args.batch, self.rng(step)).rows(rows)
+        ratio = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))
+        draws = model.draw(self.args.batch, self.rng(step), ratio).rows(rows)
         latents = self.frozen["kl"].sample(moments, draws.posterior)  # drawn anew at every step
         share = first + (last - first) * step / self.args.steps
         if "prior" in self.frozen and share < 1:
@@ -259,7 +260,7 @@ def true_share(condition: str) -> tuple:
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
 BLOCKS = (generator.Block, prior.Block)                                # --recompute forgets their activations
-SHARDED = {**dict.fromkeys(BLOCKS, ()), Attention: ("keys_values",)}   # --shard puts these together one by one
+SHARDED = (*BLOCKS, Attention)                          # --shard puts these together one by one
 COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)                        # --compile compiles these
 
 
@@ -432,12 +433,15 @@ def show(stage, ema, step):
     stage.trained.eval()
     pictures = []
     for models in (stage.trained, ema):
+        weights = whole(models.state_dict()) if stage.args.shard else None
+        if stage.world.rank > 0:
+            continue
         if stage.args.shard:  # rank 0 puts the shards together in models of its own
-            state = whole(models.state_dict())
             models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.config) for kind, m in models.items()})
-            models.load_state_dict(state if stage.world.rank == 0 else {}, strict=stage.world.rank == 0)
+            models.load_state_dict(weights)
+            models.to(stage.device).eval()
         try:
-            pictures += [stage.picture(models.to(stage.device).eval())] if stage.world.rank == 0 else []
+            pictures.append(stage.picture(models))
         except UserError as error:  # raw weights of the first steps may give values that are no picture
             print0(f"no picture at step {step}: {error}")
     stage.trained.train()
