@@ -33,7 +33,7 @@ from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
 from faults import run_script
-from runtime import UserError, barrier, is_first, print0, write_file
+from runtime import UserError, agree, barrier, is_first, print0, sweep, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -121,6 +121,35 @@ def newest(path: str) -> dict | None:
     if file != files[0] and is_first():  # out of the way, lest the next save keep it in the place of the good one
         os.replace(files[0], f"{files[0]}.damaged")
     return content
+
+
+def save_state(path: str, kind: str, configs: dict, **content):
+    """Writes a training state and keeps the one before it. configs: what `find_state` compares."""
+    write(path, {"format": FORMAT, "kind": kind, "configs": configs, **content}, kept=previous(path))
+
+
+def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
+    """-> the training state to resume from, or None for a new training. All ranks call it.
+
+    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states.
+    """
+    if is_first():
+        sweep(os.path.dirname(path))
+        if fresh:
+            set_aside([path, previous(path), *weights])
+    barrier()
+    state = newest(path)
+    agree(state.get("step") if state else 0, "the step to resume at")
+    if state is None:
+        if is_first():
+            set_aside(weights)
+        return None
+    if state.get("kind") != kind:
+        raise UserError(f"{path} is no training state of this stage; remove it or choose another --run.")
+    if other := [k for k, v in configs.items() if state["configs"].get(k) != v]:
+        raise UserError(f"{path} was trained with other settings ({', '.join(other)}); choose another --run.")
+    print0(f"resuming {path} at step {state['step']:,}")
+    return state
 
 
 def set_aside(paths: list):

@@ -228,6 +228,24 @@ def ahead(load, steps):
             waiting += [thread.submit(load, s) for s in islice(steps, 1)]
 
 
+def batches(data, world, batch: int, micro: int, first: int, last: int):
+    """Yields, pass by pass of the steps first to last - 1, this rank's rows of the global batch and their tensors.
+
+    A rank takes `micro` of the `batch` images in each pass: a slice of the global batch. Tensors are on its device.
+    """
+    cuda = world.device.type == "cuda"
+
+    def load(place):
+        step, start = place
+        rows = slice(start, start + micro)
+        tensors = data.batch(range(step * batch, (step + 1) * batch)[rows])
+        return rows, [x.pin_memory() if cuda else x for x in tensors]  # pinned: the copy to the GPU need not wait
+
+    starts = range(world.rank * micro, batch, world.size * micro)  # one per pass
+    for rows, tensors in ahead(load, ((step, start) for step in range(first, last) for start in starts)):
+        yield rows, [x.to(world.device, non_blocking=cuda) for x in tensors]
+
+
 # ------------------------------------------------------------------------------------------------------------ cache
 
 AGAIN = "remove it and make the cache again with data.py"

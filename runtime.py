@@ -148,6 +148,13 @@ def autocast(device: torch.device):
 
 # ----------------------------------------------------------------------------------------------------------- files
 
+def make_folder(path: str):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another.") from None
+
+
 def write_file(path: str, fill, kept: str | None = None):
     """Writes a binary file that is never seen half written: fill(file) fills a temporary file, which is then renamed.
 
@@ -262,8 +269,18 @@ def whole(value):
     return full.cpu() if is_first() else None
 
 
+def unsharded(models, types: dict):
+    """A ModuleDict of sharded models -> whole models in eval mode on rank 0, None elsewhere. All ranks must call it."""
+    weights, device = whole(models.state_dict()), next(models.parameters()).device
+    if not is_first():
+        return None
+    models = torch.nn.ModuleDict({kind: types[kind](model.config) for kind, model in models.items()})
+    models.load_state_dict(weights)
+    return models.to(device).eval()
+
+
 def shard_moments(optimizer):
-    """Keeps this rank's share of the optimizer's moments, which load_state_dict has read whole from a file."""
+    """Under FSDP2, keeps this rank's share of the moments, which load_state_dict has read whole from a file."""
     from torch.distributed.tensor import distribute_tensor
 
     for p, state in optimizer.state.items():

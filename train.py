@@ -23,7 +23,6 @@ a run after the step, saved.
 import argparse
 import math
 import os
-import re
 import signal
 import time
 from copy import deepcopy
@@ -40,13 +39,13 @@ import fast
 import generator
 import prior
 import sample
-from data import Cache, Folder, ahead
+from data import Cache, Folder, batches
 from diffloss import HeadNet, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
 from fusion import FUSIONS, Attention
-from presets import PRESETS
-from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, passes, print0, refuse, rng,
-                     setup, shard_moments, spread, sweep, whole)
+from presets import PRESETS, true_share
+from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, make_folder, passes, print0,
+                     refuse, rng, setup, shard_moments, spread, unsharded, whole)
 from tokenizers import KL, VQ, Decoder, Encoder, latent_scale
 
 
@@ -191,9 +190,13 @@ class GeneratorStage(Stage):
         super().__init__(args, preset, world)
         self.read_cache()
         fusion, condition = args.fusion or preset.generator.fusion, args.condition or preset.condition
-        self.true_share, kl = true_share(condition), self.frozen["kl"]
-        if FUSIONS[fusion].reads_codes:
-            self.load_prior()
+        self.true_share, kl, path = true_share(condition), self.frozen["kl"], self.file("prior")
+        if FUSIONS[fusion].reads_codes and os.path.exists(path):
+            self.frozen["prior"] = self.load_prior(path)
+        elif FUSIONS[fusion].reads_codes:
+            refuse([(min(self.true_share) < 1,
+                     f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
+            print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
         config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.patch, code_grid=self.grid,
                          classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
@@ -205,23 +208,19 @@ class GeneratorStage(Stage):
         if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
             kl.set_scale(self.data.scale)
         if abs(self.data.scale / kl.config.scale - 1) > 0.05:
-            print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training uses {kl.config.scale:.4f} of kl.pt")
+            print0(f"note: training uses kl.pt's latent scale {kl.config.scale:.4f}; the cache's is {self.data.scale:.4f}")
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
 
-    def load_prior(self):
-        """Loads RUN/prior.pt, which must fit the cache. Without that file only true codes can be the condition."""
-        path = self.file("prior")
-        if not os.path.exists(path):
-            refuse([(min(self.true_share) < 1, f"{self.args.run} has no prior.pt yet; run stage 1 first, or use "
-                                               "--condition ground_truth")])
-            return print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
-        model = self.frozen["prior"] = checkpoints.load_model(path, "prior", self.device)
+    def load_prior(self, path):
+        """The prior, which must fit the cache."""
+        model = checkpoints.load_model(path, "prior", self.device)
         its = {**asdict(model.config), **model.about}  # official files name no classes, so theirs is a number
         mine = {"grid": self.grid, "vocab": self.codes, "classes": len(self.classes)}
         mine.update({what: value for what, value in self.about.items() if what in model.about})
         other = " and ".join(what for what, value in mine.items() if its[what] != value)
         refuse([(other, f"{path} was trained with other {other} than the cache has; train a prior on this cache "
                         "(stage 1, --fresh)")])
+        return model
 
     def decays(self, name, parameter):
         return parameter.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
@@ -242,20 +241,6 @@ class GeneratorStage(Stage):
         run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
                          self.classes, self.sampling, self.device)
         return sample.generate(run, self.shown).images
-
-
-def true_share(condition: str) -> tuple:
-    """Share of true codes among the generator's at the start and at the end of training; the prior draws the others.
-
-    Between the two the share moves linearly. mixed is MixAR's training-inference mixture (2511.12181).
-    """
-    text = {"resampled": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
-    found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
-    shares = found and (float(found[1]), float(found[2] or found[1]))
-    if not shares or max(shares) > 1:
-        raise UserError(f"--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with shares from 0 to 1, "
-                        f"e.g. mixed:1-0.3, not {condition}.")
-    return shares
 
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
@@ -324,10 +309,7 @@ def build(args, world) -> Stage:
     micro, args.accumulate = divide(args.batch, world, args.accumulate, recipe.micro)
     agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
     if not args.dry_run:
-        try:
-            os.makedirs(args.run, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run directory {args.run}: {error.strerror}.") from None
+        make_folder(args.run)
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, PRESETS[args.preset], world)
     epoch = len(stage.data) / args.batch  # steps
@@ -346,38 +328,20 @@ def state_path(args):
 
 def settings(stage) -> dict:
     """What a resumed run must have in common with its first part."""
-    configs = {kind: asdict(model.config) for kind, model in stage.trained.items()}
+    args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # it is measured along the way
     condition = stage.about.get("condition", "")
-    steps = stage.args.steps if "-" in condition else None  # on their number a moving share of true codes depends
-    return {**configs, "condition": condition, "steps": steps, "batch": stage.args.batch, "seed": stage.args.seed,
+    steps = args.steps if "-" in condition else None  # a share of true codes that moves depends on their number
+    return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
             "data": stage.data.identity}
-
-
-def find_state(stage) -> dict | None:
-    """-> the training state to resume from, or None. Weights of another training are set aside."""
-    args, path, writes = stage.args, state_path(stage.args), stage.world.rank == 0
-    weights = [stage.file(kind) for kind in stage.trained]
-    if writes:
-        sweep(args.run)
-        if args.fresh and not is_restart():
-            checkpoints.set_aside([path, checkpoints.previous(path), *weights])
-    barrier()
-    state = checkpoints.newest(path)
-    agree(state.get("step") if state else 0, "the step to resume at")
-    if state is not None:
-        refuse([(state.get("kind") != f"train-{args.stage}",
-                 f"{path} is no training state of stage {args.stage}; remove it or choose another --run")])
-        other = ", ".join(k for k, v in settings(stage).items() if state["configs"].get(k) != v)
-        refuse([(other, f"{path} was trained with other settings ({other}); choose another --run")])
-    elif writes:
-        checkpoints.set_aside(weights)
-    return state
 
 
 def resume(stage):
     """-> the EMA, what the loop calls for the loss, optimizer, watch and first step: from the state, or new."""
-    args, world, state = stage.args, stage.world, find_state(stage)
+    args, world = stage.args, stage.world
+    fresh = args.fresh and world.rank == 0 and not is_restart()
+    state = checkpoints.find_state(state_path(args), f"train-{args.stage}", settings(stage),
+                                   [stage.file(kind) for kind in stage.trained], fresh)
     if state is None:
         stage.start()
     stage.to(world.device)
@@ -390,15 +354,16 @@ def resume(stage):
     ema = deepcopy(stage.trained).eval().requires_grad_(False)
     if state is not None:
         ema.load_state_dict(state["ema"])
-    for module in stage.trained.modules():  # in place: the names of parameters stay, and the EMA stays as it is
+    for module in stage.trained.modules():  # in place: parameters keep their names, and the EMA stays as it is
         if args.compile and isinstance(module, COMPILED):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     loss_of = spread(stage, ema, world, args.shard, SHARDED)  # `stage` itself stays unwrapped
-    learning = [(stage.decays(n, p), p) for n, p in stage.trained.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for decays, p in learning if decays], "weight_decay": stage.recipe.weight_decay},
-              {"params": [p for decays, p in learning if not decays], "weight_decay": 0.0}]
+    groups = [{"params": [], "weight_decay": stage.recipe.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, p in stage.trained.named_parameters():
+        if p.requires_grad:
+            groups[0 if stage.decays(name, p) else 1]["params"].append(p)
     fused = world.device.type != "mps"
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=fused)
     if state is None:
@@ -408,13 +373,12 @@ def resume(stage):
     optimizer.load_state_dict(state["optimizer"])
     if args.shard:
         shard_moments(optimizer)
-    print0(f"resuming {state_path(args)} at step {state['step']:,}")
     return ema, loss_of, optimizer, Watch(world, state["skipped"]), state["step"]
 
 
 def save(stage, ema, optimizer, watch, step):
     """Writes the EMA weights and the training state. All ranks must call it."""
-    args, path = stage.args, state_path(stage.args)
+    args = stage.args
     memory = {name: all_mean(tensor) for name, tensor in stage.memory().items()}
     states = whole({"raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
     if stage.world.rank > 0:
@@ -423,9 +387,8 @@ def save(stage, ema, optimizer, watch, step):
     for kind, model in ema.items():
         weights = {k.removeprefix(f"{kind}."): v for k, v in states["ema"].items() if k.startswith(f"{kind}.")}
         checkpoints.save(stage.file(kind), kind, model.config, weights, step=step, preset=args.preset, **stage.about)
-    checkpoints.write(path, {"format": checkpoints.FORMAT, "kind": f"train-{args.stage}", "step": step,
-                             "configs": settings(stage), "memory": memory, "skipped": watch.reported, **states},
-                      kept=checkpoints.previous(path))
+    checkpoints.save_state(state_path(args), f"train-{args.stage}", settings(stage), step=step, memory=memory,
+                           skipped=watch.reported, **states)
 
 
 def show(stage, ema, step):
@@ -433,13 +396,9 @@ def show(stage, ema, step):
     stage.trained.eval()
     pictures = []
     for models in (stage.trained, ema):
-        weights = whole(models.state_dict()) if stage.args.shard else None
+        models = unsharded(models, checkpoints.MODULES) if stage.args.shard else models
         if stage.world.rank > 0:
             continue
-        if stage.args.shard:  # rank 0 puts the shards together in models of its own
-            models = nn.ModuleDict({kind: checkpoints.MODULES[kind](m.config) for kind, m in models.items()})
-            models.load_state_dict(weights)
-            models.to(stage.device).eval()
         try:
             pictures.append(stage.picture(models))
         except UserError as error:  # raw weights of the first steps may give values that are no picture
@@ -452,25 +411,11 @@ def show(stage, ema, step):
 
 # ------------------------------------------------------------------------------------------------------------- loop
 
-def batches(stage, first):
-    """Yields this rank's rows (a slice of the global batch) and their tensors, pass by pass from step `first` on."""
-    args, world, cuda = stage.args, stage.world, stage.device.type == "cuda"
-
-    def load(place):
-        step, k = place
-        start = (k * world.size + world.rank) * stage.micro
-        rows = slice(start, start + stage.micro)
-        tensors = stage.data.batch(range(step * args.batch, (step + 1) * args.batch)[rows])
-        return rows, [x.pin_memory() if cuda else x for x in tensors]  # pinned: the copy to the GPU need not wait
-
-    for rows, tensors in ahead(load, ((step, k) for step in range(first, args.steps) for k in range(args.accumulate))):
-        yield rows, [x.to(stage.device, non_blocking=cuda) for x in tensors]
-
-
 def loop(stage, ema, loss_of, optimizer, watch, first):
     """All steps of a stage, from step `first` to the last."""
     args, device, rank = stage.args, stage.device, stage.world.rank
-    data, seen, clock, notes = batches(stage, first), 0, time.time(), {}
+    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
+    seen, clock, notes = 0, time.time(), {}
     bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
     stage.trained.train()

@@ -267,7 +267,7 @@ def stage_1_before_stage_0(c):
 
 @case("no prior.pt yet", "stage 1 first")
 def stage_2_before_stage_1(c):
-    return train(c, 2, "--condition", "teacher_forced", run=c.copy_run("vq", "kl"))
+    return train(c, 2, "--condition", "resampled", run=c.copy_run("vq", "kl"))
 
 
 @case(r"kl\.pt holds prior weights where kl is expected")

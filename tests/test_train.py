@@ -15,10 +15,9 @@ import fast
 import sample
 from fusion import FUSIONS
 from generator import Generator
-from presets import PRESETS
+from presets import PRESETS, true_share
 from prior import Prior
 from runtime import rng
-from train import true_share
 
 RESAMPLED = ("--condition", "resampled")
 
