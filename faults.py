@@ -206,8 +206,15 @@ class Watch:
         self.signal = torch.zeros((), dtype=torch.long)        # the number of the signal that this rank has received
         self.answer, self.work = self.signal.clone(), None     # the largest number of any rank, and its exchange
         self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        """After the last step: gives the signals back to `run_script`, and one that has come too late to be obeyed."""
+        number = max(self.asked_to_stop(), self.asked_to_stop())  # the second call waits for what the first has sent
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+        if number:
+            raise Stopped(number, "stopped after the last step; the same command goes on")
 
     def note(self, number, frame):
         """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun itself sends two."""

@@ -25,6 +25,10 @@ class Recipe:
     ema: float = 0.9999
     micro: int = 64             # images per rank and pass at most; more are accumulated (memory, not results)
 
+    def steps(self, images: int, batch: int) -> int:
+        """Optimizer steps of the epochs over this many images."""
+        return max(1, round(self.epochs * images / batch))
+
 
 flag = lambda default, text: field(default=default, metadata={"help": text})
 
@@ -73,6 +77,22 @@ def true_share(condition: str) -> tuple:
         raise UserError(f"--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with shares from 0 to 1, "
                         f"e.g. mixed:1-0.3, not {condition}.")
     return shares
+
+
+SHARES = (0.15, 0.35, 0.5)  # of the stages in the time of `train.py --stage all`; about the shares of weights/tiny
+
+
+def new_plan(recipes: tuple, images: int, batch: int | None, hours: float | None) -> dict:
+    """The steps of each stage for `train.py --stage all` on this many images. seconds: None until fix_steps."""
+    return {"hours": hours, "steps": [r.steps(images, batch or r.batch) for r in recipes], "seconds": [None] * 3}
+
+
+def fix_steps(plan: dict, stage: int, seconds: float, least: int):
+    """Shortens a stage, a step of which takes `seconds`, to its share of the hours that earlier stages leave."""
+    left = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"])
+    fitting = int(left * SHARES[stage] / sum(SHARES[stage:]) / seconds)
+    plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
+    plan["seconds"][stage] = steps * seconds
 
 
 # Sizes of D2C Table 1 and MAR Table 3; LlamaGen's tokenizer and prior. MAR's and LlamaGen's batches; D2C gives none.

@@ -209,6 +209,27 @@ def log(path: str, **record):
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
+def read_log(path: str, **fields) -> list[dict]:
+    """The records of a log that have these fields."""
+    with open(path) as f:
+        return [record for record in map(json.loads, f) if fields.items() <= record.items()]
+
+
+def read_json(path: str):
+    """What a JSON file holds; None if there is no file."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use {path}: {error}; remove it or choose another folder.") from None
+
+
+def write_json(path: str, value):
+    write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
 # -------------------------------------------------------------------------------------------------------- many GPUs
 
 def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:

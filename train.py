@@ -4,8 +4,9 @@
     stage 1   prior, on a cache (data.py)                                   D2C 4.1, Eq. 3
     stage 2   generator, on a cache; prior and tokenizers frozen            D2C 4.2, Eq. 2
 
-    python train.py --stage 0 --preset tiny --data DIR --run runs/tiny
-    python data.py --images DIR --run runs/tiny --out data/tiny
+    python train.py --stage all --preset tiny --data IMAGES --run runs/mine    # all stages, and the cache between them
+    python train.py --stage 0 --preset tiny --data IMAGES --run runs/tiny      # or one by one
+    python data.py --images IMAGES --run runs/tiny --out data/tiny
     python train.py --stage 1 --preset tiny --data data/tiny --run runs/tiny
     python train.py --stage 2 --preset tiny --data data/tiny --run runs/tiny
     torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
@@ -39,13 +40,13 @@ import fast
 import generator
 import prior
 import sample
-from data import Cache, Folder, batches
+from data import Cache, Folder, batches, find_images, tokenise
 from diffloss import HeadNet, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
 from fusion import FUSIONS, Attention
-from presets import PRESETS, true_share
+from presets import PRESETS, fix_steps, new_plan, true_share
 from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, make_folder, passes, print0,
-                     refuse, rng, setup, shard_moments, spread, unsharded, whole)
+                     read_json, read_log, refuse, rng, setup, shard_moments, spread, unsharded, whole, write_json)
 from tokenizers import KL, VQ, Decoder, Encoder, latent_scale
 
 
@@ -208,7 +209,7 @@ class GeneratorStage(Stage):
         if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
             kl.set_scale(self.data.scale)
         if abs(self.data.scale / kl.config.scale - 1) > 0.05:
-            print0(f"note: training uses kl.pt's latent scale {kl.config.scale:.4f}; the cache's is {self.data.scale:.4f}")
+            print0(f"note: the latent scale in kl.pt, {kl.config.scale:.4f}, is not the cache's, {self.data.scale:.4f}")
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
 
     def load_prior(self, path):
@@ -246,6 +247,7 @@ class GeneratorStage(Stage):
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
 BLOCKS = (generator.Block, prior.Block)                                # --recompute forgets their activations
 SHARDED = (*BLOCKS, Attention)                          # --shard puts these together one by one
+MINUTE = 60.0                                                          # when a stage says how long it will take
 COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)                        # --compile compiles these
 
 
@@ -254,9 +256,9 @@ COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)                        # --compi
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", type=int, choices=(0, 1, 2), required=True)
+    add("--stage", choices=("0", "1", "2", "all"), required=True)
     add("--preset", choices=PRESETS, default="d2c-b")
-    add("--data", help="image folder (stage 0) or cache (stages 1, 2; default: data/cache)")
+    add("--data", help="image folder (stages 0 and all) or cache (stages 1, 2; default: data/cache)")
     add("--run", help="run directory (default: runs/PRESET)")
     add("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
     add("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
@@ -264,6 +266,7 @@ def parse_args():
         "code drawn by the prior given the true codes before it; mixed:0.7, each code true with this probability, else "
         "resampled; mixed:1-0.3, a probability that moves over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
+    add("--hours", type=float, help="stage all: shorten the stages to about this time in all, without the cache")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
     add("--accumulate", type=int, help="passes per optimizer step (default: as few as the preset's limit of images per "
@@ -281,13 +284,17 @@ def parse_args():
     add("--fresh", action="store_true", help="start over; what the stage has made so far is moved to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
-    counts = [args.batch, args.accumulate, args.log_every, args.save_every, args.steps]
-    refuse([(args.data is None and args.stage == 0, "stage 0 trains on an image folder: give --data DIR"),
+    args.stage, args.until = args.stage if args.stage == "all" else int(args.stage), None
+    counts, one = [args.batch, args.accumulate, args.log_every, args.save_every, args.steps], args.stage != "all"
+    refuse([(args.data is None and args.stage in (0, "all"), f"stage {args.stage} needs an image folder: --data DIR"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != 0, "--only vq or kl is for stage 0"),
-            ((args.fusion or args.condition) and args.stage != 2, "--fusion and --condition are for stage 2"),
-            (args.shard and (args.stage == 0 or "LOCAL_RANK" not in os.environ),
+            ((args.fusion or args.condition) and args.stage in (0, 1), "--fusion and --condition are for stage 2"),
+            (args.shard and (args.stage in (0, "all") or "LOCAL_RANK" not in os.environ),
              "--shard is for stages 1 and 2 under torchrun"),
+            ((args.steps or args.lr) and not one, "--steps and --lr are for a single stage; see --hours"),
+            (args.hours is not None and (one or not 0 < args.hours < math.inf), "--hours H, above 0, is for stage all"),
+            (args.hours and "-" in (args.condition or ""), "--hours cannot be combined with a --condition that moves"),
             (any(n is not None and n < 1 for n in counts),
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
             (args.grid_every < 0, "--grid-every must be at least 0"),
@@ -312,9 +319,11 @@ def build(args, world) -> Stage:
         make_folder(args.run)
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, PRESETS[args.preset], world)
-    epoch = len(stage.data) / args.batch  # steps
-    args.steps = args.steps or max(1, round(recipe.epochs * epoch))
-    stage.lr, stage.warmup, stage.micro = (args.lr or recipe.lr) * args.batch / 256, recipe.warmup * epoch, micro
+    epochs = recipe.steps(len(stage.data), args.batch)
+    args.steps = args.steps or epochs
+    stage.lr, stage.micro = (args.lr or recipe.lr) * args.batch / 256, micro
+    stage.warmup = recipe.warmup * len(stage.data) / args.batch  # in steps
+    stage.warmup *= min(1.0, args.steps / epochs) if args.hours else 1.0
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
            f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
            f"{world.size} ranks x {args.accumulate} passes, learning rate {stage.lr:.2e} after {stage.warmup:.0f} "
@@ -360,10 +369,8 @@ def resume(stage):
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     loss_of = spread(stage, ema, world, args.shard, SHARDED)  # `stage` itself stays unwrapped
-    groups = [{"params": [], "weight_decay": stage.recipe.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, p in stage.trained.named_parameters():
-        if p.requires_grad:
-            groups[0 if stage.decays(name, p) else 1]["params"].append(p)
+    groups = [{"params": [p for n, p in stage.trained.named_parameters() if p.requires_grad and stage.decays(n, p) == yes],
+               "weight_decay": stage.recipe.weight_decay * yes} for yes in (True, False)]
     fused = world.device.type != "mps"
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=fused)
     if state is None:
@@ -414,12 +421,13 @@ def show(stage, ema, step):
 def loop(stage, ema, loss_of, optimizer, watch, first):
     """All steps of a stage, from step `first` to the last."""
     args, device, rank = stage.args, stage.device, stage.world.rank
-    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
-    seen, clock, notes = 0, time.time(), {}
+    last = min(args.steps, args.until or args.steps)
+    data = batches(stage.data, stage.world, args.batch, stage.micro, first, last)
+    seen, clock, notes, told = 0, time.time(), {}, time.time() + MINUTE
     bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps",
                mininterval=1)
     stage.trained.train()
-    for step in range(first, args.steps):
+    for step in range(first, last):
         rate = stage.lr * min(1.0, (step + 1) / (stage.warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -442,7 +450,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
         notes.update(stage.after(step, ema))
         seen += 1
         done, stop = step + 1, watch.asked_to_stop()
-        save_now = done % args.save_every == 0 or done == args.steps or stop
+        save_now = done % args.save_every == 0 or done == last or stop
         if done % args.log_every == 0 or save_now:  # only here, in saves and in pictures the host waits for the device
             loss, skipped, bad_in_row = watch.report()
             speed = seen * args.batch / (time.time() - clock)
@@ -451,7 +459,10 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
                 log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
                     grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             seen, clock, notes = 0, time.time(), {}
-            save_now = save_now and (not bad_in_row or done == args.steps or stop)  # first see whether it recovers
+            if time.time() > told:
+                print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
+                told = math.inf
+            save_now = save_now and (not bad_in_row or done == last or stop)  # first see whether it recovers
         before = time.time()
         if save_now:
             save(stage, ema, optimizer, watch, done)
@@ -463,18 +474,71 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
         bar.update()
-    bar.close()
-    barrier()
+    bar.close(), watch.close(), barrier()
 
 
-def main():
-    args = parse_args()
-    stage = build(args, setup(args.device))
+def train(args, world):
+    """One stage."""
+    stage = build(args, world)
     if args.dry_run:
         return
     *learner, first = resume(stage)
     loop(stage, *learner, first)
-    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after {max(first, args.steps):,} steps")
+    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after "
+           f"{max(first, min(args.steps, args.until or args.steps)):,} steps")
+
+
+# ------------------------------------------------------------------------------------------------------- all stages
+
+KINDS = (("vq", "kl"), ("prior",), ("generator",))  # what the stages train
+
+
+def train_all(args, world):
+    """--stage all: tokenizers, cache, prior, generator and a picture of every class. Run again, it continues."""
+    inside = lambda name: os.path.join(args.run, name)
+    if args.fresh and not args.dry_run and world.rank == 0 and os.path.isdir(args.run) and not is_restart():
+        checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
+    barrier()
+    args.fresh, recipes = False, PRESETS[args.preset].recipes
+    plan = read_json(inside("plan.json")) or new_plan(recipes, len(find_images(args.data)[0]), args.batch, args.hours)
+    refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh")])
+    args.hours = plan["hours"]
+    print0("steps: " + ", ".join(f"{n:,} of {' and '.join(kinds)}" for n, kinds in zip(plan["steps"], KINDS))
+           + f"; fewer if {args.hours} hours are too short" * bool(args.hours))
+    if args.dry_run:
+        return
+    for n, kinds in enumerate(KINDS):
+        if world.rank == 0:
+            write_json(inside("plan.json"), plan)
+        mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n]})
+        mine.data = inside("cache") if n else args.data
+        if n == 1:
+            tokenise(args.data, args.run, mine.data, world)
+        there = os.listdir(args.run)
+        missing = [f"{kind}.pt" for kind in kinds if f"{kind}.pt" not in there]
+        if not {f"train-{n}.pt", f"train-{n}.previous.pt"} & set(there) and len(missing) < len(kinds):
+            refuse([(missing, f"{args.run} has one tokenizer; train {missing}, the other, with --stage 0 --only")])
+            print0(f"stage {n} is skipped, because {args.run} has {' and '.join(kinds)} of another training")
+            continue
+        if args.hours and plan["seconds"][n] is None:  # train the first steps and measure them
+            mine.until = 3 * args.log_every
+            train(mine, world)
+            fix_steps(plan, n, mine.batch / read_log(inside("log.jsonl"), stage=n)[-1]["images_per_s"], mine.until)
+            mine.steps, mine.until = plan["steps"][n], None
+        train(mine, world)
+    if world.rank == 0 and not os.path.exists(inside("samples.png")):
+        run = sample.load_run(args.run, world.device)
+        each = max(1, min(8, 64 // len(run.classes)))  # pictures of a class; if several, they are a row
+        parts = torch.arange(each * len(run.classes)).split(16)
+        images = torch.cat([sample.generate(run, i // each, indices=i.tolist()).images for i in parts])
+        sample.save_picture(sample.grid(images, each if each > 1 else math.isqrt(len(images))), inside("samples.png"))
+    barrier()
+    print0(f"{inside('samples.png')} shows every class. More: python sample.py --run {args.run} --class all")
+
+
+def main():
+    args = parse_args()
+    (train_all if args.stage == "all" else train)(args, setup(args.device))
 
 
 if __name__ == "__main__":
