@@ -193,6 +193,14 @@ def load_model(path: str, kind: str, device="cpu"):
     return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
 
+def refuse_other(path: str, model, wanted: dict):
+    """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
+    its = {**asdict(model.config), **model.about}
+    if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
+        raise UserError(f"{path} was trained with other {' and '.join(other)} than the cache has; train it on this "
+                        "cache, with --fresh.")
+
+
 def parse(path: str, kind: str, content: dict, ema: bool = True):
     """`load` of a file that `read` has read."""
     if "format" in content:

@@ -79,12 +79,14 @@ def true_share(condition: str) -> tuple:
     return shares
 
 
-SHARES = (0.15, 0.35, 0.5)  # of the stages in the time of `train.py --stage all`; about the shares of weights/tiny
+SHARES = (0.15, 0.35, 0.5)  # of the stages in `--hours`; about as in the training of weights/tiny
 
 
 def new_plan(recipes: tuple, images: int, batch: int | None, hours: float | None) -> dict:
-    """The steps of each stage for `train.py --stage all` on this many images. seconds: None until fix_steps."""
-    return {"hours": hours, "steps": [r.steps(images, batch or r.batch) for r in recipes], "seconds": [None] * 3}
+    """For `train.py --stage all`: hours in all or None, steps of each stage, their seconds (None: not measured yet),
+    and the stages that have begun."""
+    steps = [recipe.steps(images, batch or recipe.batch) for recipe in recipes]
+    return {"hours": hours, "steps": steps, "seconds": [None] * len(steps), "begun": []}
 
 
 def fix_steps(plan: dict, stage: int, seconds: float, least: int):

@@ -227,7 +227,9 @@ def read_json(path: str):
 
 
 def write_json(path: str, value):
-    write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+    """Writes a JSON file. Ranks may all call it: the first one writes."""
+    if is_first():
+        write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
 # -------------------------------------------------------------------------------------------------------- many GPUs
@@ -302,9 +304,10 @@ def unsharded(models, types: dict):
 
 def shard_moments(optimizer):
     """Under FSDP2, keeps this rank's share of the moments, which load_state_dict has read whole from a file."""
-    from torch.distributed.tensor import distribute_tensor
+    if any(hasattr(p, "full_tensor") for p in optimizer.state):
+        from torch.distributed.tensor import distribute_tensor  # takes a second, too
 
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if hasattr(p, "full_tensor") and value.shape == p.shape:
-                state[name] = distribute_tensor(value, p.device_mesh, p.placements)
+        for p, state in optimizer.state.items():
+            for name, value in state.items():
+                if value.shape == p.shape:
+                    state[name] = distribute_tensor(value, p.device_mesh, p.placements)

@@ -4,11 +4,8 @@
     stage 1   prior, on a cache (data.py)                                   D2C 4.1, Eq. 3
     stage 2   generator, on a cache; prior and tokenizers frozen            D2C 4.2, Eq. 2
 
-    python train.py --stage all --preset tiny --data IMAGES --run runs/mine    # all stages, and the cache between them
-    python train.py --stage 0 --preset tiny --data IMAGES --run runs/tiny      # or one by one
-    python data.py --images IMAGES --run runs/tiny --out data/tiny
-    python train.py --stage 1 --preset tiny --data data/tiny --run runs/tiny
-    python train.py --stage 2 --preset tiny --data data/tiny --run runs/tiny
+    python train.py --stage all --preset tiny --data IMAGES --run runs/mine     # the three, and the cache between them
+    python train.py --stage 1 --preset tiny --data data/tiny --run runs/tiny    # one of them
     torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
@@ -18,8 +15,7 @@ stop stand in it twice) and pictures of samples in grids/.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
-dropout only if the passes hold equally many images), and resumes without any generator's state. SIGTERM and Ctrl-C end
-a run after the step, saved.
+dropout only if the passes hold equally many images). SIGTERM and Ctrl-C end a run after the step, saved.
 """
 import argparse
 import math
@@ -64,7 +60,7 @@ class Stage(nn.Module):
     def __init__(self, args, preset, world):
         super().__init__()
         self.args, self.preset, self.world, self.device = args, preset, world, world.device
-        self.recipe, self.frozen, self.about = preset.recipes[args.stage], {}, {}
+        self.recipe, self.frozen, self.about = preset.recipes[args.stage], {}, {"preset": args.preset}
 
     def forward(self, step, rows, *batch):
         """The loss of these rows (a slice) of this step's global batch. batch: their tensors from `data`."""
@@ -102,7 +98,7 @@ class Stage(nn.Module):
         for kind in ("vq", "kl"):
             self.frozen[kind] = checkpoints.load_model(self.file(kind), kind, self.device)
             self.data.check_tokenizer(kind, self.frozen[kind], self.file(kind))
-        self.about = {"classes": self.classes, "tokenizers": {k: self.data.header[k] for k in ("vq", "kl")}}
+        self.about |= {"classes": self.classes, "tokenizers": {k: self.data.header[k] for k in ("vq", "kl")}}
         self.shown = torch.arange(16, device=self.device) % len(self.classes)  # the classes of a grid of samples
 
 
@@ -112,9 +108,9 @@ class Tokenizers(Stage):
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
         self.data = Folder(args.data, preset.image_size, args.seed)
-        kinds = {"vq": lambda: VQ(preset.vq), "kl": lambda: KL(preset.kl)}
-        self.trained = nn.ModuleDict({k: make() for k, make in kinds.items() if args.only in (None, k)})
-        self.about = {"image_size": preset.image_size}
+        models = (("vq", VQ, preset.vq), ("kl", KL, preset.kl))
+        self.trained = nn.ModuleDict({k: make(c) for k, make, c in models if args.only in (None, k)})
+        self.about["image_size"] = preset.image_size
 
     def start(self):
         """Fits the linear paths to real patches."""
@@ -193,7 +189,10 @@ class GeneratorStage(Stage):
         fusion, condition = args.fusion or preset.generator.fusion, args.condition or preset.condition
         self.true_share, kl, path = true_share(condition), self.frozen["kl"], self.file("prior")
         if FUSIONS[fusion].reads_codes and os.path.exists(path):
-            self.frozen["prior"] = self.load_prior(path)
+            model = self.frozen["prior"] = checkpoints.load_model(path, "prior", self.device)
+            names = self.classes if "classes" in model.about else len(self.classes)  # official files have no names
+            wanted = {"classes": names, "tokenizers": self.about["tokenizers"], "grid": self.grid, "vocab": self.codes}
+            checkpoints.refuse_other(path, model, wanted)
         elif FUSIONS[fusion].reads_codes:
             refuse([(min(self.true_share) < 1,
                      f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
@@ -208,20 +207,7 @@ class GeneratorStage(Stage):
         self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.grid**2))
         if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
             kl.set_scale(self.data.scale)
-        if abs(self.data.scale / kl.config.scale - 1) > 0.05:
-            print0(f"note: the latent scale in kl.pt, {kl.config.scale:.4f}, is not the cache's, {self.data.scale:.4f}")
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
-
-    def load_prior(self, path):
-        """The prior, which must fit the cache."""
-        model = checkpoints.load_model(path, "prior", self.device)
-        its = {**asdict(model.config), **model.about}  # official files name no classes, so theirs is a number
-        mine = {"grid": self.grid, "vocab": self.codes, "classes": len(self.classes)}
-        mine.update({what: value for what, value in self.about.items() if what in model.about})
-        other = " and ".join(what for what, value in mine.items() if its[what] != value)
-        refuse([(other, f"{path} was trained with other {other} than the cache has; train a prior on this cache "
-                        "(stage 1, --fresh)")])
-        return model
 
     def decays(self, name, parameter):
         return parameter.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
@@ -246,7 +232,6 @@ class GeneratorStage(Stage):
 
 STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
 BLOCKS = (generator.Block, prior.Block)                                # --recompute forgets their activations
-SHARDED = (*BLOCKS, Attention)                          # --shard puts these together one by one
 MINUTE = 60.0                                                          # when a stage says how long it will take
 COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)                        # --compile compiles these
 
@@ -281,7 +266,7 @@ def parse_args():
     add("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
     add("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among the ranks "
         "(FSDP2), for models that fit on one GPU but whose training does not")
-    add("--fresh", action="store_true", help="start over; what the stage has made so far is moved to RUN/before-N")
+    add("--fresh", action="store_true", help="start over; what the stage has made (all: RUN) is moved to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     args.stage, args.until = args.stage if args.stage == "all" else int(args.stage), None
@@ -299,8 +284,7 @@ def parse_args():
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
             (args.grid_every < 0, "--grid-every must be at least 0"),
             (args.lr is not None and not 0 < args.lr < math.inf, "--lr must be above 0")])
-    args.run = args.run or os.path.join("runs", args.preset)
-    args.data = args.data or os.path.join("data", "cache")
+    args.run, args.data = args.run or os.path.join("runs", args.preset), args.data or os.path.join("data", "cache")
     return args
 
 
@@ -322,8 +306,7 @@ def build(args, world) -> Stage:
     epochs = recipe.steps(len(stage.data), args.batch)
     args.steps = args.steps or epochs
     stage.lr, stage.micro = (args.lr or recipe.lr) * args.batch / 256, micro
-    stage.warmup = recipe.warmup * len(stage.data) / args.batch  # in steps
-    stage.warmup *= min(1.0, args.steps / epochs) if args.hours else 1.0
+    stage.warmup = recipe.warmup * len(stage.data) / args.batch * (args.steps / epochs if args.hours else 1.0)  # steps
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
            f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
            f"{world.size} ranks x {args.accumulate} passes, learning rate {stage.lr:.2e} after {stage.warmup:.0f} "
@@ -368,9 +351,10 @@ def resume(stage):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    loss_of = spread(stage, ema, world, args.shard, SHARDED)  # `stage` itself stays unwrapped
-    groups = [{"params": [p for n, p in stage.trained.named_parameters() if p.requires_grad and stage.decays(n, p) == yes],
-               "weight_decay": stage.recipe.weight_decay * yes} for yes in (True, False)]
+    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # `stage` itself stays unwrapped
+    groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
+    for name, p in stage.trained.named_parameters():
+        groups[0 if stage.decays(name, p) else 1]["params"].append(p)
     fused = world.device.type != "mps"
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=fused)
     if state is None:
@@ -378,14 +362,12 @@ def resume(stage):
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = fused  # the file may come from another kind of device
     optimizer.load_state_dict(state["optimizer"])
-    if args.shard:
-        shard_moments(optimizer)
+    shard_moments(optimizer)
     return ema, loss_of, optimizer, Watch(world, state["skipped"]), state["step"]
 
 
 def save(stage, ema, optimizer, watch, step):
     """Writes the EMA weights and the training state. All ranks must call it."""
-    args = stage.args
     memory = {name: all_mean(tensor) for name, tensor in stage.memory().items()}
     states = whole({"raw": stage.trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
     if stage.world.rank > 0:
@@ -393,9 +375,9 @@ def save(stage, ema, optimizer, watch, step):
     stage.before_save(ema)
     for kind, model in ema.items():
         weights = {k.removeprefix(f"{kind}."): v for k, v in states["ema"].items() if k.startswith(f"{kind}.")}
-        checkpoints.save(stage.file(kind), kind, model.config, weights, step=step, preset=args.preset, **stage.about)
-    checkpoints.save_state(state_path(args), f"train-{args.stage}", settings(stage), step=step, memory=memory,
-                           skipped=watch.reported, **states)
+        checkpoints.save(stage.file(kind), kind, model.config, weights, step=step, **stage.about)
+    checkpoints.save_state(state_path(stage.args), f"train-{stage.args.stage}", settings(stage), step=step,
+                           memory=memory, skipped=watch.reported, **states)
 
 
 def show(stage, ema, step):
@@ -404,10 +386,8 @@ def show(stage, ema, step):
     pictures = []
     for models in (stage.trained, ema):
         models = unsharded(models, checkpoints.MODULES) if stage.args.shard else models
-        if stage.world.rank > 0:
-            continue
         try:
-            pictures.append(stage.picture(models))
+            pictures += [stage.picture(models)] if stage.world.rank == 0 else []
         except UserError as error:  # raw weights of the first steps may give values that are no picture
             print0(f"no picture at step {step}: {error}")
     stage.trained.train()
@@ -421,11 +401,10 @@ def show(stage, ema, step):
 def loop(stage, ema, loss_of, optimizer, watch, first):
     """All steps of a stage, from step `first` to the last."""
     args, device, rank = stage.args, stage.device, stage.world.rank
-    last = min(args.steps, args.until or args.steps)
+    last = args.until or args.steps
     data = batches(stage.data, stage.world, args.batch, stage.micro, first, last)
     seen, clock, notes, told = 0, time.time(), {}, time.time() + MINUTE
-    bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps",
-               mininterval=1)
+    bar = tqdm(total=last, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps", mininterval=1)
     stage.trained.train()
     for step in range(first, last):
         rate = stage.lr * min(1.0, (step + 1) / (stage.warmup + 1))
@@ -448,8 +427,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
         notes.update(stage.after(step, ema))
-        seen += 1
-        done, stop = step + 1, watch.asked_to_stop()
+        seen, done, stop = seen + 1, step + 1, watch.asked_to_stop()
         save_now = done % args.save_every == 0 or done == last or stop
         if done % args.log_every == 0 or save_now:  # only here, in saves and in pictures the host waits for the device
             loss, skipped, bad_in_row = watch.report()
@@ -484,8 +462,7 @@ def train(args, world):
         return
     *learner, first = resume(stage)
     loop(stage, *learner, first)
-    print0(f"{args.run}: {', '.join(k + '.pt' for k in stage.trained)} after "
-           f"{max(first, min(args.steps, args.until or args.steps)):,} steps")
+    print0(f"{args.run}: {' and '.join(stage.trained)} after {max(first, args.until or args.steps):,} steps")
 
 
 # ------------------------------------------------------------------------------------------------------- all stages
@@ -501,6 +478,7 @@ def train_all(args, world):
     barrier()
     args.fresh, recipes = False, PRESETS[args.preset].recipes
     plan = read_json(inside("plan.json")) or new_plan(recipes, len(find_images(args.data)[0]), args.batch, args.hours)
+    agree(plan, "the plan")
     refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh")])
     args.hours = plan["hours"]
     print0("steps: " + ", ".join(f"{n:,} of {' and '.join(kinds)}" for n, kinds in zip(plan["steps"], KINDS))
@@ -508,22 +486,22 @@ def train_all(args, world):
     if args.dry_run:
         return
     for n, kinds in enumerate(KINDS):
-        if world.rank == 0:
-            write_json(inside("plan.json"), plan)
         mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n]})
         mine.data = inside("cache") if n else args.data
         if n == 1:
             tokenise(args.data, args.run, mine.data, world)
-        there = os.listdir(args.run)
-        missing = [f"{kind}.pt" for kind in kinds if f"{kind}.pt" not in there]
-        if not {f"train-{n}.pt", f"train-{n}.previous.pt"} & set(there) and len(missing) < len(kinds):
-            refuse([(missing, f"{args.run} has one tokenizer; train {missing}, the other, with --stage 0 --only")])
-            print0(f"stage {n} is skipped, because {args.run} has {' and '.join(kinds)} of another training")
+        missing = [f"{kind}.pt" for kind in kinds if not os.path.exists(inside(f"{kind}.pt"))]
+        if len(missing) < len(kinds) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
+            refuse([(missing, f"{args.run} has no {''.join(missing)}; train it first, with --stage 0 --only")])
+            print0(f"stage {n} is skipped: {args.run} has the {' and '.join(kinds)} of another training")
             continue
+        plan["begun"] = sorted({*plan["begun"], n})
+        write_json(inside("plan.json"), plan)
         if args.hours and plan["seconds"][n] is None:  # train the first steps and measure them
-            mine.until = 3 * args.log_every
+            mine.until = min(3 * args.log_every, mine.steps)
             train(mine, world)
             fix_steps(plan, n, mine.batch / read_log(inside("log.jsonl"), stage=n)[-1]["images_per_s"], mine.until)
+            write_json(inside("plan.json"), plan)  # a later start then ends where this one would
             mine.steps, mine.until = plan["steps"][n], None
         train(mine, world)
     if world.rank == 0 and not os.path.exists(inside("samples.png")):

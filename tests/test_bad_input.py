@@ -390,6 +390,9 @@ flags("sample", ["FILE.gif"], "--frames film.png")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
+flags("train", ["--hours"], "--hours 2", "--stage all --hours 0", "--stage all --hours nan",
+      "--stage all --hours 1 --condition mixed:1-0")
+flags("train", ["single stage"], "--stage all", "--stage all --steps 5 --lr 1")
 flags("train", ["does not divide", "change --batch"], "--batch 15 --accumulate 2", "--accumulate 32")
 flags("train", ["--stage"], "--stage 3")
 flags("train", ["--fusion"], "--fusion prefixes")

@@ -144,6 +144,17 @@ def test_signal_finishes_the_step_saves_and_says_so(toy, copy_run, works, script
     assert_same(train_state(run), train_state(undisturbed))
 
 
+def test_signal_after_the_last_step_is_not_lost():
+    """It must stop what follows a stage in the same process."""
+    before = signal.getsignal(signal.SIGTERM)
+    watch = faults.Watch(runtime.World(torch.device("cpu")))
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(faults.Stopped) as stopped:
+        watch.close()
+    assert stopped.value.args[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    faults.Watch(runtime.World(torch.device("cpu"))).close()
+
+
 # --------------------------------------------------------------------------------------- numbers that are not finite
 
 def poison(monkeypatch, steps):
