@@ -38,7 +38,8 @@ import sample
 from diffloss import DiffusionHead, HeadConfig
 from generator import Generator, hidden_counts
 from presets import PRESETS
-from runtime import UserError, autocast, run_script, setup
+from faults import run_script
+from runtime import UserError, autocast, setup
 from tokenizers import KL, VQ
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))

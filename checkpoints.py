@@ -32,7 +32,8 @@ import torch
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from runtime import UserError, barrier, is_first, print0, run_script, write_file
+from faults import run_script
+from runtime import UserError, agree, barrier, is_first, print0, sweep, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -119,6 +120,35 @@ def newest(path: str) -> dict | None:
     return content
 
 
+def save_state(path: str, kind: str, configs: dict, **content):
+    """Writes a training state and keeps the one before it. configs: what `find_state` compares."""
+    write(path, {"format": FORMAT, "kind": kind, "configs": configs, **content}, kept=previous(path))
+
+
+def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
+    """-> the training state to resume from, or None for a new training. All ranks call it.
+
+    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states.
+    """
+    if is_first():
+        sweep(os.path.dirname(path))
+        if fresh:
+            set_aside([path, previous(path), *weights])
+    barrier()
+    state = newest(path)
+    agree(state.get("step") if state else 0, "the step to resume at")
+    if state is None:
+        if is_first():
+            set_aside(weights)
+        return None
+    if state.get("kind") != kind:
+        raise UserError(f"{path} is no training state of this stage; remove it or choose another --run.")
+    if other := [k for k, v in configs.items() if state["configs"].get(k) != v]:
+        raise UserError(f"{path} was trained with other settings ({', '.join(other)}); choose another --run.")
+    print0(f"resuming {path} at step {state['step']:,}")
+    return state
+
+
 def set_aside(paths: list):
     """Moves files, where there are any, into the first of the folders before-1, before-2, ... that is not there yet."""
     if paths := [p for p in paths if os.path.exists(p)]:
@@ -159,6 +189,14 @@ def load_model(path: str, kind: str, device="cpu"):
     model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
     model = model.eval().requires_grad_(False).to(device)
     return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
+
+
+def refuse_other(path: str, model, wanted: dict):
+    """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
+    its = {**asdict(model.config), **model.about}
+    if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
+        raise UserError(f"{path} was trained with other {' and '.join(other)} than the cache has; train it on this "
+                        "cache, with --fresh.")
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):

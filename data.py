@@ -32,7 +32,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, barrier, print0, setup, sweep, write_file
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -337,6 +338,24 @@ def ahead(load, steps):
         yield from (last.result() for last in waiting)
 
 
+def batches(data, world, batch: int, micro: int, first: int, last: int):
+    """Yields, pass by pass of the steps first to last - 1, this rank's rows of the global batch and their tensors.
+
+    A rank takes `micro` of the `batch` images in each pass: a slice of the global batch. Tensors are on its device.
+    """
+    cuda = world.device.type == "cuda"
+
+    def load(place):
+        step, start = place
+        rows = slice(start, start + micro)
+        tensors = data.batch(range(step * batch, (step + 1) * batch)[rows])
+        return rows, [x.pin_memory() if cuda else x for x in tensors]  # pinned: the copy to the GPU need not wait
+
+    starts = range(world.rank * micro, batch, world.size * micro)  # one per pass
+    for rows, tensors in ahead(load, ((step, start) for step in range(first, last) for start in starts)):
+        yield rows, [x.to(world.device, non_blocking=cuda) for x in tensors]
+
+
 # ------------------------------------------------------------------------------------------------- making a cache
 
 def tokenise(images: str, run: str, out: str, world, size: int | None = None, views=2, seed=0, dry_run=False):
@@ -348,7 +367,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     size = size if size is not None else kl.about.get("image_size", 256)
     if vq.config.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    if size < 1 or size % (kl.stride * kl.config.patch) or vq.stride != kl.stride:
+    if size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,

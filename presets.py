@@ -4,10 +4,12 @@ A Preset holds the component configs and, per stage, a Recipe. Grids, code table
 other entries or from the data are filled in by train.py (`classes`, `vocab`, `code_dim`). Sampling is what a run's
 files recommend; sample.py's flags override it.
 """
+import re
 from dataclasses import dataclass, field, replace
 
 from generator import GeneratorConfig
 from prior import PriorConfig
+from runtime import UserError
 from tokenizers import KLConfig, VQConfig
 
 
@@ -22,6 +24,10 @@ class Recipe:
     clip: float = 3.0           # gradient norm
     ema: float = 0.9999
     micro: int = 64             # images per rank and pass at most; more are accumulated (memory, not results)
+
+    def steps(self, images: int, batch: int) -> int:
+        """Optimizer steps of the epochs over this many images."""
+        return max(1, round(self.epochs * images / batch))
 
 
 flag = lambda default, text: field(default=default, metadata={"help": text})
@@ -54,9 +60,41 @@ class Preset:
     kl: KLConfig
     prior: PriorConfig
     generator: GeneratorConfig
-    condition: str              # where the generator's codes come from in training: see train.true_share
+    condition: str              # where the generator's codes come from in training: see true_share
     recipes: tuple              # of stages 0, 1, 2
     sampling: Sampling
+
+
+def true_share(condition: str) -> tuple:
+    """Share of true codes among the generator's at the start and at the end of training; the prior draws the others.
+
+    Between the two the share moves linearly. mixed is MixAR's training-inference mixture (2511.12181).
+    """
+    text = {"resampled": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
+    found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
+    shares = found and (float(found[1]), float(found[2] or found[1]))
+    if not shares or max(shares) > 1:
+        raise UserError(f"--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with shares from 0 to 1, "
+                        f"e.g. mixed:1-0.3, not {condition}.")
+    return shares
+
+
+SHARES = (0.15, 0.35, 0.5)  # of the stages in `--hours`; about as in the training of weights/tiny
+
+
+def new_plan(recipes: tuple, images: int, batch: int | None, hours: float | None) -> dict:
+    """For `train.py --stage all`: hours in all or None, steps of each stage, their seconds (None: not measured yet),
+    and the stages that have begun."""
+    steps = [recipe.steps(images, batch or recipe.batch) for recipe in recipes]
+    return {"hours": hours, "steps": steps, "seconds": [None] * len(steps), "begun": []}
+
+
+def fix_steps(plan: dict, stage: int, seconds: float, least: int):
+    """Shortens a stage, a step of which takes `seconds`, to its share of the hours that earlier stages leave."""
+    left = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"])
+    fitting = int(left * SHARES[stage] / sum(SHARES[stage:]) / seconds)
+    plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
+    plan["seconds"][stage] = steps * seconds
 
 
 # Sizes of D2C Table 1 and MAR Table 3; LlamaGen's tokenizer and prior. MAR's and LlamaGen's batches; D2C gives none.

@@ -45,7 +45,8 @@ from data import center_crop, read_image, to_float
 from generator import Generator
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, autocast, barrier, print0, rng, setup, sweep, write_file
 from tokenizers import KL, VQ
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"

@@ -39,7 +39,8 @@ from fid import frechet_distance
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig, mask_ratio
 from presets import PRESETS
-from runtime import rng, run_script
+from faults import run_script
+from runtime import rng
 from test_diffloss import on_meta
 from train import main as train
 
