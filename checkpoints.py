@@ -281,8 +281,8 @@ def load_kl(path, content, ema):
     state = rename(path, state, AUTOENCODER, drop=r"loss\.|foundation_model\.|linear_proj\.")
     attention = {"encoder_attention": f"encoder.levels.{top}.attn.0.q.weight" in state,
                  "decoder_attention": "decoder.levels.0.attn.0.q.weight" in state}
-    # 0.2325 is MAR's measurement on its own file, known by its decoder without attention; 1 means not measured.
-    scale = KLConfig.scale if not attention["decoder_attention"] else 1.0
+    # 0.2325 is MAR's measurement on its own file, known by its decoder without attention; None: not measured.
+    scale = KLConfig.scale if not attention["decoder_attention"] else None
     return KLConfig(**autoencoder_sizes(state), **attention, scale=scale), state
 
 

@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import checkpoints
+from tokenizers import latent_scale
 from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -401,8 +402,7 @@ def begin(out, header):
 
 def finish(out, header, paths, file_scale):
     """Checks every sum, measures the scale of the latents, 1 / std over all images and views; completes the header."""
-    n = total = squares = 0.0
-    labels, damaged = [], 0
+    labels, moments, damaged = [], [], 0
     for p in range(parts(header)):
         a = open_arrays(out, header, p, "r+")
         labels.append(a["labels"])
@@ -411,21 +411,19 @@ def finish(out, header, paths, file_scale):
             sums = [[entry_sum(a["codes"][i, v], a["moments"][i, v]) for v in (0, 1)] for i in rows]
             if not a["done"][c] or not np.array_equal(a["sums"][rows], np.reshape(sums, (-1, 2))):
                 a["done"][c], damaged = 0, damaged + 1
-            mean, logvar = np.split(a["moments"][rows].astype(np.float64), 2, axis=2)
-            n, total = n + mean.size, total + mean.sum()
-            squares += (mean**2 + np.exp(logvar.clip(-30, 20))).sum()
+            moments.append((a["moments"], rows))
     if damaged:
         raise UserError(f"{damaged} chunks of {out} are not on disk as they were written; run the same command again.")
     labels = np.concatenate(labels)
     bad = [paths[i] for i in np.flatnonzero(labels < 0)]
     refuse_many(bad, paths, f", then remove {out} and run again")
-    scale = float((squares / n - (total / n) ** 2) ** -0.5)
+    scale = latent_scale(torch.from_numpy(m[rows]).flatten(0, 1) for m, rows in moments)
     if not np.isfinite(scale):
         raise UserError(f"{out} holds latents that are not finite; kl.pt is damaged or was trained badly.")
     write_header(out, {**header, "complete": True, "scale": scale, "unreadable": bad, "labels": zlib.crc32(labels)})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, "
            f"latent scale {scale:.4f}")
-    if file_scale != 1.0 and abs(scale / file_scale - 1) > 0.05:
+    if file_scale and abs(scale / file_scale - 1) > 0.05:
         print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
 
 

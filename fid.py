@@ -610,7 +610,7 @@ def reconstruct(args, model, world):
         out = {"pool": model(images)["pool"]}
         for kind, tokenizer in tokenizers.items():
             tokens = tokenizer.encode(images.float() / 127.5 - 1)
-            decoded = sample.to_uint8(tokenizer.decode(tokenizer.sample(tokens, noise=0.0) if kind == "kl" else tokens))
+            decoded = sample.to_uint8(tokenizer.decode(tokenizer.sample(tokens, noise=torch.zeros_like(tokens.chunk(2, 1)[0])) if kind == "kl" else tokens))
             out[kind] = model(decoded)["pool"]
             out[f"{kind} pixels"] = torch.stack(psnr_ssim(images, decoded), 1)      # [B, 2]
         return out

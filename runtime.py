@@ -167,28 +167,6 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
-class Linear(torch.nn.Linear):
-    """The same product x W^T + b, for few rows on a CPU in the order that suits its library, 1.2 to 2 times as fast.
-
-    A step of a prior or a head has one row, with guidance two, for each code or token it draws. For 3 to some 48 rows
-    MKL first copies all of W to another layout. It does not for (W x^T)^T, nor, of up to 8 rows, for W in 32 parts as a
-    batch; of small W the copy costs nothing. The bounds are measured, on one kind of CPU (README.md, Speed).
-    """
-
-    def forward(self, x):
-        rows = x.shape[:-1].numel()
-        if not (x.is_cpu and 3 <= rows <= 48 and self.weight.numel() >= 2**19 and self.out_features % 32 == 0):
-            return super().forward(x)
-        flat = x.reshape(rows, -1)
-        if rows > 8:
-            y = (self.weight @ flat.T).T.contiguous()
-        else:
-            y = flat @ self.weight.view(32, -1, self.in_features).mT                     # [32, rows, out/32]
-            y = y.transpose(0, 1).reshape(rows, -1)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 def write_file(path: str, fill, kept: str | None = None):
@@ -262,13 +240,11 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh  # a second of importing, which only --shard shall cost
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     for m in [m for m in reversed(list(module.modules())) if isinstance(m, parts)] + [module, *ema.values()]:
         fully_shard(m, mesh=mesh)
-        if hasattr(m, "keys_values"):  # called from outside, once an image
-            register_fsdp_forward_method(m, "keys_values")
     return module
 
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import checkpoints
 from data import center_crop, read_image, to_float
-from diffloss import Graphs
-from generator import Block, Generator, Prepared
+import fast
+from generator import Generator
 from presets import Sampling
 from prior import Prior
 from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
@@ -48,7 +48,8 @@ class Run:
     classes: list        # [external id, name] by index
     sampling: Sampling
     device: torch.device
-    null: Prepared | None = None  # the generator's unconditional condition, from the first pictures on
+    graphs: fast.Graphs | None = None
+    null: fast.Prepared | None = None  # the generator's unconditional condition, from the first pictures on
 
 
 @dataclass
@@ -83,7 +84,7 @@ def load_run(path: str, device="cpu") -> Run:
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
     if "latent_scale" in generator.about:  # of its training: the KL file's, or measured where that has none
-        kl.config = replace(kl.config, scale=generator.about["latent_scale"])
+        kl.set_scale(generator.about["latent_scale"])
     return run
 
 
@@ -162,7 +163,8 @@ def start_from(run: Run, path: str, mask: str | None = None) -> Start:
             raise UserError(f"{mask} keeps none of the {h * h} tokens; white in it says what stays.")
     x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
     # the mean of the posterior, so that a picture has one reading
-    latents = run.kl.sample(run.kl.encode(x), torch.zeros(1, run.kl.config.z_channels, h, h, device=run.device))[0]
+    moments = run.kl.encode(x)
+    latents = run.kl.sample(moments, torch.zeros_like(moments.chunk(2, 1)[0]))[0]
     if run.vq is not None:
         codes = run.vq.encode(x)[0]
         coarse = to_uint8(run.vq.decode(codes[None]))
@@ -202,22 +204,22 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    step = (lambda share: lambda: progress(share)) if progress else lambda share: None
+    step = lambda share: (lambda: progress(share)) if progress else lambda: None
     for_all = lambda x: x.expand(B, *x.shape)
     codes = coarse = None
     seen = []  # latents after every iteration
     with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
         if run.prior is not None:
-            codes = run.prior.generate(classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       progress=step(0.1 / run.prior.config.grid**2),
+            codes = fast.generate_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                                       watch=step(0.1 / run.prior.config.grid**2),
                                        given=start and for_all(start.codes))
         if run.null is None and s.cfg != 1:
-            run.null = run.generator.null_condition()
-        latents = run.generator.generate(classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+            run.null = fast.null_condition(run.generator)
+        advance, shown = step((0.9 if run.prior else 1.0) / s.iterations), seen.append if frames is not None else id
+        latents = fast.generate(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
                                          generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
-                                         progress=step((0.9 if run.prior else 1.0) / s.iterations),
-                                         known=start and for_all(start.latents), keep=start and for_all(start.keep),
-                                         watch=None if frames is None else seen.append)
+                                start=start and (for_all(start.latents), for_all(start.keep)), graphs=run.graphs,
+                                watch=lambda x: (advance(), shown(x)))
     if run.prior is not None:
         coarse = to_uint8(run.vq.decode(codes))
     if frames is not None:
@@ -359,11 +361,9 @@ def main():
     if args.graphs:
         if run.device.type != "cuda":
             raise UserError("--graphs is for CUDA.")
-        run.generator.head.graphs = Graphs()
+        run.graphs = fast.Graphs()
     if args.compile:
-        for module in run.generator.modules():
-            if isinstance(module, Block):
-                module.compile()
+        fast.compile_blocks()
     labels = find_classes(run.classes, args.class_)
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
     to_grid = args.out.lower().endswith(".png")

@@ -36,16 +36,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
+import fast
 import generator
 import prior
 import sample
 from data import Cache, Folder, ahead
-from diffloss import T as TIMESTEPS, HeadNet, tf32
+from diffloss import HeadNet, tf32
 from fusion import FUSIONS, Attention
 from presets import PRESETS
 from runtime import (Stopped, UserError, Watch, agree, all_mean, autocast, barrier, broadcast, is_restart, log, passes,
                      print0, rng, run_script, setup, shard_moments, spread, step_unless, sweep, whole)
-from tokenizers import KL, VQ, Decoder, Encoder, fit_linear_path
+from tokenizers import KL, VQ, Decoder, Encoder, latent_scale
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -80,7 +81,7 @@ class Tokenizers(nn.Module):
             if model.config.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
                 # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
-                fit_linear_path(model.double(), images.double(), rng("cpu", "linear path", self.args.seed))
+                model.double().fit_linear_path(images.double(), rng("cpu", "linear path", self.args.seed))
                 model.float()
 
     def forward(self, step, rows, images):
@@ -91,8 +92,7 @@ class Tokenizers(nn.Module):
             kl = self.trained["kl"]
             h = images.shape[-1] // kl.stride
             g = rng(self.device, "stage 0", self.args.seed, step)
-            noise = torch.randn(self.args.batch, kl.config.z_channels, h, h, generator=g, device=self.device)
-            loss = loss + kl.loss(images, noise[rows])[0]
+            loss = loss + kl.loss(images, kl.draw(self.args.batch, h, g).rows(rows))[0]
         return loss
 
     def after(self, step, total, ema):
@@ -119,17 +119,15 @@ class Tokenizers(nn.Module):
         """Measures the scale of KL's latents, 1 / std."""
         if "kl" in models:
             kl, images = models["kl"], self.data.batch(range(min(1000, len(self.data))))[0]
-            kl.config, g = replace(kl.config, scale=1.0), rng(self.device, "scale")
-            latents = torch.cat([kl.sample(kl.encode(x.to(self.device)), generator=g) for x in images.split(50)])
-            kl.config = replace(kl.config, scale=1 / float(latents.std()))
+            kl.set_scale(latent_scale(kl.encode(x.to(self.device)) for x in images.split(50)))
 
     def picture(self, models):
         """Rows: images, decoded codes, decoded latents."""
         images = self.data.batch(range(8))[0].to(self.device)
         rows = [images] + ([models["vq"].decode(models["vq"].encode(images))] if "vq" in models else [])
         if "kl" in models:
-            moments = models["kl"].encode(images)
-            rows.append(models["kl"].decode(models["kl"].sample(moments, torch.zeros_like(moments.chunk(2, 1)[0]))))
+            kl = models["kl"]  # whose scale may not be measured yet
+            rows.append(kl.to_images(kl.posterior(kl.encode(images))[0]))
         return sample.to_uint8(torch.cat(rows))
 
 
@@ -182,8 +180,8 @@ class PriorStage(OnCache):
 
     def forward(self, step, rows, codes, moments, classes):
         model = self.trained["prior"]
-        drop = torch.rand(self.args.batch, generator=rng("cpu", "stage 1", self.args.seed, step)) < model.config.class_drop
-        return model.loss(codes, classes, drop[rows].to(self.device))
+        null = model.draw(self.args.batch, rng(self.device, "stage 1", self.args.seed, step))
+        return model.loss(codes, classes, null[rows])
 
     def picture(self, models):
         s, generators = self.sampling, [rng(self.device, "grid", i) for i in range(16)]
@@ -218,39 +216,29 @@ class GeneratorStage(OnCache):
         elif reads_codes:
             print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
         code_dim = self.frozen["prior"].config.dim if "prior" in self.frozen else preset.prior.dim
-        config = replace(config, grid=self.grid, classes=len(self.class_names), vocab=vq.config.codebook_size,
-                         code_dim=code_dim, token_dim=kl.config.z_channels)
+        config = replace(config, grid=self.grid // kl.config.patch, code_grid=self.grid, classes=len(self.class_names), vocab=vq.config.codebook_size,
+                         code_dim=code_dim, token_dim=kl.config.token_dim)
         model = generator.Generator(config)
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without one it stays random
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
         self.decays = lambda name, p: p.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
-        if kl.config.scale == 1.0:  # a file that does not know its scale: take what data.py measured
-            kl.config = replace(kl.config, scale=self.data.scale)
+        if kl.config.scale is None:  # a file that does not know its scale: take what data.py measured
+            kl.set_scale(self.data.scale)
         if abs(self.data.scale / kl.config.scale - 1) > 0.05:
             print0(f"note: the cache's latent scale is {self.data.scale:.4f}; training with kl.pt's {kl.config.scale:.4f}")
         self.about.update(sampling=asdict(self.sampling), condition=self.condition, latent_scale=kl.config.scale)
 
     def forward(self, step, rows, codes, moments, classes):
-        model, L, device = self.trained["generator"], self.grid**2, self.device
-        G = self.args.batch  # the global batch: all its random numbers are drawn here, then `rows` of them taken
-        c = model.config
-        # one ratio for all ranks: equally many hidden tokens everywhere make the mean over ranks the mean over tokens
+        model = self.trained["generator"]
         u = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))
-        visible = L - math.ceil(generator.mask_ratio(u, c.mask_min) * L)
-        g = rng(device, "stage 2", self.args.seed, step)
-        uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)[rows]
-        order, drop, draws = uniform(G, L).argsort(1), uniform(G) < c.class_drop, uniform(G, L)
-        posterior = torch.randn(G, c.token_dim, self.grid, self.grid, generator=g, device=device)[rows]
-        t = torch.randint(TIMESTEPS, (c.batch_mul, G, L), generator=g, device=device)[:, rows]
-        noise = torch.randn(c.batch_mul, G, L, c.token_dim, generator=g, device=device)[:, rows]
-
-        latents = self.frozen["kl"].sample(moments, posterior)  # drawn anew at every step
+        draws = model.draw(self.args.batch, rng(self.device, "stage 2", self.args.seed, step), u).rows(rows)
+        latents = self.frozen["kl"].sample(moments, draws.posterior)
         first, last = self.true_share
         share = first + (last - first) * step / self.args.steps
         if model.fusion.reads_codes and share < 1:
-            codes = torch.where(uniform(G, L) < share, codes, self.frozen["prior"].resample(codes, classes, draws))
-        return model.loss(latents, classes.masked_fill(drop, c.classes), codes, order >= visible, t, noise, visible)
+            codes = self.frozen["prior"].mixture(codes, classes, share, draws.codes)
+        return fast.loss(model, latents, classes, codes, draws)
 
     def picture(self, models):
         run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
@@ -265,7 +253,7 @@ def true_share(condition: str) -> tuple:
 
     Between the two it moves linearly. mixed is MixAR's training-inference mixture (2511.12181).
     """
-    text = {"teacher_forced": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
+    text = {"resampled": "mixed:0", "teacher_forced": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
     found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
     shares = found and (float(found[1]), float(found[2] or found[1]))
     if not shares or max(shares) > 1:
@@ -380,7 +368,7 @@ def main():
     if state is None and world.rank == 0:
         checkpoints.set_aside(weights)  # which another training made
     # What a resumed run must have in common with this one. KL's scale is measured along the way, so it is no setting.
-    configs = {kind: asdict(replace(m.config, scale=1.0) if kind == "kl" else m.config) for kind, m in stage.trained.items()}
+    configs = {kind: asdict(replace(m.config, scale=None) if kind == "kl" else m.config) for kind, m in stage.trained.items()}
     configs.update(condition=getattr(stage, "condition", None), batch=args.batch, seed=args.seed,
                    data=stage.data.identity)
     if len(set(getattr(stage, "true_share", ()))) > 1:  # a share that falls with the step depends on their number

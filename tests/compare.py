@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoints
 import data
+import fast
 import sample
 from fid import frechet_distance
 from fusion import FUSIONS
@@ -47,7 +48,7 @@ COLUMNS = "true", "drawn", "shuffled", "frechet", "steps", "cpu"
 # Rows of the tables: preset, fusion, condition.
 TRUE, READING = "ground_truth", [name for name, fusion in FUSIONS.items() if fusion.reads_codes]
 TOYS = [("toy", "none", TRUE)] + [("toy", fusion, condition) for fusion in READING
-                                  for condition in (TRUE, "teacher_forced", "mixed:0.5")]
+                                  for condition in (TRUE, "resampled", "mixed:0.5")]
 # Photographs: the tokens of preset tiny, and a generator that learns something from them in minutes.
 g = replace(PRESETS["tiny"].generator, dim=128, depth=2, heads=4, prefix=8, head_width=192, queries=4,
             qformer_width=128, qformer_heads=4)
@@ -58,7 +59,7 @@ small = lambda **changes: replace(
 PRESETS.update({"small": small(), "small, 1 query": small(queries=1), "small, 8 queries": small(queries=8),
                 "small, decoder only": small(qformer_encoder=False)})
 PHOTOGRAPHS = [("small", fusion, TRUE) for fusion in FUSIONS]
-PHOTOGRAPHS += [("small", "cross_attention", condition) for condition in ("teacher_forced", "mixed:0.5")]
+PHOTOGRAPHS += [("small", "cross_attention", condition) for condition in ("resampled", "mixed:0.5")]
 PHOTOGRAPHS += [(preset, "qformer", TRUE) for preset in PRESETS if preset.startswith("small, ")]
 
 
@@ -72,10 +73,10 @@ def sizes():
         row = f"| `{fusion}` | {count(False):.1f}M | {count(True):.1f}M |"
         model.requires_grad_(False)  # with gradients the counter's hooks fail
         with torch.device("meta"), on_meta():
-            null, flops = model.null_condition(), []  # the null condition: once per run
+            null, flops = fast.null_condition(model), []  # the null condition: once per run
             for steps in (1, 2):
                 with FlopCounterMode(display=False) as counted:
-                    model.generate(torch.zeros(1).long(), torch.zeros(1, 256).long(), steps=steps, null=null)
+                    fast.generate(model, torch.zeros(1).long(), torch.zeros(1, 256).long(), steps=steps, null=null)
                 flops.append(counted.get_total_flops())
         print(f"{row} {(flops[0] + 99 * (flops[1] - flops[0])) / 1e12:.1f} |", flush=True)
 
@@ -108,7 +109,7 @@ def measure(path, tokens, images):
         order, uniform = torch.rand(n, L, generator=g).argsort(1), float(torch.rand((), generator=g))
         hidden = order < mask_ratio(uniform, GeneratorConfig.mask_min) * L
         t, noise = torch.randint(1000, (4, n, L), generator=g), torch.randn(4, n, L, C, generator=g)
-        losses.append([len(part) * float(run.generator.loss(latents[part], classes[part], c[part], hidden, t, noise))
+        losses.append([len(part) * float(run.generator.loss(latents[part], classes[part], c[part], hidden.float(), t, noise))
                        for c in (codes, drawn, codes.roll(1, 0))])
     start = time.process_time()
     pictures = torch.cat([sample.generate(run, classes[part], indices=part.tolist()).images for part in parts])

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import reference
 from diffloss import T
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig, hidden_counts, mask_ratio
@@ -64,12 +63,13 @@ def test_meta_device(fusion):
         model, latents, mask = Generator(replace(CONFIG, fusion=fusion)), torch.empty(B, L, C), torch.empty(B, L)
         classes, codes = torch.zeros(B, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int64)
     with on_meta():
-        model.loss(latents, classes, codes, mask, visible=6).backward()
-        model.loss(latents, classes, codes)
-        assert model.generate(classes, codes, iterations=4, steps=3).shape == (B, L, C)
-        model._visible_first = lambda mask: (mask.argsort(dim=1, stable=True), 6)  # the true one waits for the device
-        assert model.encode(latents, classes, codes, mask).shape == (B, model.fusion.slots + 6, CONFIG.dim)
-        assert model.hidden(latents, classes, codes, mask).shape == (B, L, CONFIG.dim)
+        fused = model.fuse(classes, codes)
+        assert fused.prefix.shape == (B, model.fusion.slots, CONFIG.dim)
+        encoded = torch.empty(B, model.fusion.slots + 6, CONFIG.dim)
+        for block in [*model.encoder_blocks, *model.decoder_blocks]:
+            assert block(encoded.to("meta"), fused.context).shape == encoded.shape
+        draws = model.draw(B, uniform=0.5)
+        assert draws.mask.shape == mask.shape and draws.noise.shape == (CONFIG.batch_mul, B, L, C)
 
 
 # ------------------------------------------------------------------------------------------------- what it may see
@@ -85,10 +85,17 @@ def test_hidden_latents_do_not_leak(fusion, batch):
     assert ((model.hidden(visible, classes, codes, mask) - z).abs().amax(-1) > 1e-6).all()
 
 
+def encode(model, latents, classes, codes, mask):
+    """The encoder's rows of the visible latents, in raster order [B, V, D]."""
+    P = model.fusion.slots
+    visible = torch.cat([torch.ones(len(mask), P), 1 - mask], dim=1).bool()
+    return model.encode(latents, model.fuse(classes, codes), visible)[:, P:]
+
+
 def test_a_mask_hides_equally_many(batch):
     model, (latents, classes, _, mask) = make(), batch
     mask[1, mask[1].argmin()] = 1
-    for use in (model.encode, model.hidden, model.loss):
+    for use in (model.hidden, model.loss):
         with pytest.raises(ValueError, match="equally many"):
             use(latents, classes, None, mask)
 
@@ -114,39 +121,26 @@ def test_codes_enter_at_their_place(batch):
     for fusion, encoder, decoder in (("prefix", [True, True], [True, True]),
                                      ("mask_tokens", [False, False], [False, True])):
         model = make(fusion)
-        for use, want in ((model.encode, encoder), (model.hidden, decoder)):
-            x = use(latents, classes, codes, mask)
-            assert [not torch.equal(use(latents, classes, c, mask), x) for c in (seen, hidden)] == want
+        for use, want in ((encode, encoder), (Generator.hidden, decoder)):
+            x = use(model, latents, classes, codes, mask)
+            assert [not torch.equal(use(model, latents, classes, c, mask), x) for c in (seen, hidden)] == want
 
 
 def test_where_latents_go(batch):
     """z is in raster order, and encode's rows are the visible ones in raster order: by moving an image's rows about."""
     model, (latents, classes, _, mask) = make(), batch
-    encoded, z = model.encode(latents, classes, None, mask), model.hidden(latents, classes, None, mask)
-    P = CONFIG.prefix
+    encoded, z = encode(model, latents, classes, None, mask), model.hidden(latents, classes, None, mask)
     for b in range(B):
         seen = (mask[b] == 0).nonzero().flatten()
         changed = latents.clone()
         changed[b, seen[2]] += 5
-        change = (model.encode(changed, classes, None, mask) - encoded)[b, P:].norm(dim=1)
+        change = (encode(model, changed, classes, None, mask) - encoded)[b].norm(dim=1)
         assert change.argmax() == 2
     move = torch.randperm(L)  # the same picture, told in another order, with its positions
     for table in (model.encoder_positions, model.decoder_positions, model.output_positions):
         table.data[:, -L:] = table.data[:, -L:][:, move]
     moved = model.hidden(latents[:, move], classes, None, mask[:, move])
     torch.testing.assert_close(moved, z[:, move], rtol=1e-4, atol=1e-4)
-
-
-@every_fusion
-def test_decoder_rows(fusion, batch):
-    """The last block answers for some rows only; all rows are its keys and values all the same."""
-    model, (latents, classes, codes, mask) = make(fusion), batch
-    positions, V = model._visible_first(mask)
-    c = model.condition(classes, codes)
-    encoded = model.run_encoder(latents.gather(1, positions[:, :V, None].expand(-1, -1, C)), positions[:, :V], c)
-    every = model.run_decoder(encoded, positions, V, slice(0, L), c)
-    for a, b in ((V, L), (V, V + 1), (3, 11)):
-        torch.testing.assert_close(model.run_decoder(encoded, positions, V, slice(a, b), c), every[:, a:b])
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -159,43 +153,51 @@ def test_loss_is_the_mean_over_hidden_tokens(fusion, batch):
     rows = [model.head.loss(latents[mask == 1], z[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
     loss = model.loss(latents, classes, codes, mask, t, noise)
     torch.testing.assert_close(loss, torch.cat(rows).mean())
-    assert torch.equal(loss, model.loss(latents, classes, codes, mask, t, noise, visible=6))
-
-
-@every_fusion
-def test_loss_is_the_plain_one(fusion, batch):
-    """The head on hidden tokens only: loss and gradients of the head on all, masked afterwards."""
-    model, (latents, classes, codes, mask) = make(fusion).train(), batch
-    t, noise = torch.randint(1000, (2, B, L)), torch.randn(2, B, L, C)
-    both = []
-    for loss in (lambda *how: reference.loss(model, *how), model.loss):
-        model.zero_grad(set_to_none=True)
-        value = loss(latents, classes, codes, mask, t, noise)
-        value.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        both.append((value.item(), grads))
-    (a, plain), (b, ours) = both
-    assert b == pytest.approx(a, rel=1e-5) and plain.keys() == ours.keys()
-    assert all(relative(ours[n], g) < 1e-4 for n, g in plain.items() if g.norm() > 1e-6)
+    null = torch.tensor([True, False, False])  # loses class and codes together
+    other = model.hidden(latents, classes.masked_fill(null, NULL), codes, mask)
+    rows = [model.head.loss(latents[mask == 1], other[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
+    dropped = model.loss(latents, classes, codes, mask, t, noise, null)
+    torch.testing.assert_close(dropped, torch.cat(rows).mean())
+    assert abs(float((dropped - loss).detach())) > 1e-5
 
 
 @pytest.mark.parametrize("mask_min, fewest", [(0.7, 12), (0.4, 7)])  # ceil(0.7 * 16) = 12
-def test_loss_draws_its_own(batch, monkeypatch, mask_min, fewest):
-    """Without mask, t and noise: 70 to 100 % hidden, batch_mul rows a hidden token, all noise levels."""
-    model, (latents, classes, _, _), rows = make(mask_min=mask_min), batch, []
-    monkeypatch.setattr(model.head, "loss", lambda x, z, t, noise: rows.append((x, t)) or z.sum() * 0)
-    latents[..., 0] = torch.arange(L)
-    for _ in range(50):
-        model.loss(latents, classes, None)
-    positions = [x[:, 0].view(B, -1) for x, _ in rows]
-    counts = [p.shape[1] for p in positions]
+def test_draws_of_a_training_step(mask_min, fewest):
+    """70 to 100 % hidden, equally many per image and in an order per image; M draws, all timesteps; 10% null."""
+    model = make(mask_min=mask_min, class_drop=0.3)
+    drawn = [model.draw(B) for _ in range(50)]
+    counts = [d.hidden for d in drawn]
     assert min(counts) == fewest and max(counts) == 16
-    for p in positions:
-        assert all(len(image.unique()) == p.shape[1] for image in p)
-    assert any(not torch.equal(p[0], p[1]) for p in positions)  # every image has an order of its own
-    assert all(t.shape == (2, len(x)) for x, t in rows)
-    t = torch.cat([t for _, t in rows], dim=1)
-    assert t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
+    assert all(d.mask.sum(1).tolist() == [d.hidden] * B for d in drawn)
+    assert any(not torch.equal(d.mask[0], d.mask[1]) for d in drawn)
+    t = torch.cat([d.t for d in drawn], dim=1)
+    assert t.shape == (2, 50 * B, L) and t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
+    assert float(torch.cat([model.draw(500).null for _ in range(4)]).float().mean()) == pytest.approx(0.3, abs=0.04)
+    d = drawn[0]
+    assert d.noise.shape == (2, B, L, C) and d.posterior.shape == (B, L, C) and d.codes.shape == (2, B, L)
+    assert all(float(x.mean()) == pytest.approx(0, abs=0.2) for x in (d.noise, d.posterior))
+
+
+def test_draws_follow_seed_and_rows():
+    """A generator and a host number fix a step; a rank's rows are those of the whole batch."""
+    model, seeded = make(), lambda: torch.Generator().manual_seed(5)
+    a, b = (model.draw(6, seeded(), 0.3) for _ in range(2))
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+    assert model.draw(6, seeded(), 0.9).hidden != a.hidden
+    some = a.rows(slice(2, 4))
+    assert torch.equal(some.null, a.null[2:4]) and torch.equal(some.mask, a.mask[2:4])
+    assert torch.equal(some.t, a.t[:, 2:4]) and torch.equal(some.noise, a.noise[:, 2:4])
+    assert torch.equal(some.posterior, a.posterior[2:4]) and torch.equal(some.codes, a.codes[:, 2:4])
+    assert some.hidden == a.hidden
+
+
+def test_loss_draws_what_is_not_given(batch, monkeypatch):
+    model, (latents, classes, _, mask), seen = make(), batch, []
+    monkeypatch.setattr(model.head, "loss", lambda x, z, t, noise: seen.append((x, t, noise)) or z.sum() * 0)
+    model.loss(latents, classes, None)
+    model.loss(latents, classes, None, mask)
+    (x, t, noise), (y, _, _) = seen
+    assert t.shape == (2, len(x)) and noise.shape == (2, *x.shape) and len(x) >= 12 * B and len(y) == 10 * B
 
 
 @pytest.mark.parametrize("low", [0.7, 0.3])
@@ -294,20 +296,6 @@ def test_hidden_counts(L):
     assert hidden_counts(L, L) == list(range(L - 1, -1, -1))  # one at a time
 
 
-@every_fusion
-@pytest.mark.parametrize("cfg, schedule", [(3.0, "linear"), (3.0, "constant"), (1.0, "linear")])
-def test_the_plain_loop(fusion, cfg, schedule, batch):
-    """generate against the textbook loop: other layout, other guidance code, other head, same latents."""
-    model, (_, classes, codes, _) = make(fusion), batch
-    orders = torch.rand(B, L).argsort(1)
-    counts = [L] + hidden_counts(L, 4)
-    noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
-    how = classes, codes, 4, 5, cfg, schedule, 0.9, orders, noise
-    want = reference.generate(model, *how)
-    assert relative(model.generate(*how), want) < 3e-4
-    assert relative(model.generate(*how, null=model.null_condition()), want) < 3e-4
-
-
 def test_steps_of_each_iteration(batch):
     """Annealed steps, and no null branch while guidance is below cfg_from."""
     model, (_, classes, codes, _) = make("cross_attention"), batch
@@ -325,7 +313,7 @@ def test_steps_of_each_iteration(batch):
 
 @every_fusion
 def test_kept_latents(fusion, batch):
-    """Seen from the first iteration on, and left alone: generate, written out with `hidden` and a mask."""
+    """The model sees them from the first iteration on and never changes them: generate, written out once more."""
     model, (known, classes, codes, mask) = make(fusion), batch
     orders, keep = torch.rand(B, L).argsort(1), mask == 0
     counts = [10] + hidden_counts(10, 4)
@@ -342,7 +330,7 @@ def test_kept_latents(fusion, batch):
         mask = now
         seen.append(latents.clone())
     watched = []
-    got = model.generate(classes, codes, 4, 5, 3.0, "linear", 0.9, orders, noise, t_max=900, known=known, keep=keep,
+    got = model.generate(classes, codes, 4, 5, 3.0, "linear", 0.9, orders, noise, t_max=900, start=(known, keep),
                          watch=watched.append)
     assert relative(got, latents) < 3e-4 and torch.equal(got[keep], known[keep])
     assert len(watched) == 4 and all(relative(a, b) < 3e-4 for a, b in zip(watched, seen))
@@ -352,13 +340,13 @@ def test_what_may_be_kept(batch):
     model, (known, classes, _, mask) = make(), batch
     keep = mask == 0
     for iterations in (1, 10):  # of the ten that are not kept
-        out = model.generate(classes, None, iterations, 2, 2.0, known=known, keep=keep)
+        out = model.generate(classes, None, iterations, 2, 2.0, start=(known, keep))
         assert torch.equal(out[keep], known[keep]) and not torch.isclose(out[~keep], known[~keep]).all(-1).any()
     with pytest.raises(ValueError, match="the 10 tokens to draw"):
-        model.generate(classes, None, 11, 2, known=known, keep=keep)
+        model.generate(classes, None, 11, 2, start=(known, keep))
     keep[0] = False
     with pytest.raises(ValueError, match="equally many"):
-        model.generate(classes, None, 2, 2, known=known, keep=keep)
+        model.generate(classes, None, 2, 2, start=(known, keep))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
@@ -403,5 +391,5 @@ def test_one_seed_draws_orders_and_noise():
     a, b = (model.generate(classes, None, 4, 5, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b) and relative(a[0], a[1]) > 0.1
     calls = []
-    model.generate(classes, None, 4, 5, progress=lambda: calls.append(1))
+    model.generate(classes, None, 4, 5, watch=calls.append)
     assert len(calls) == 4

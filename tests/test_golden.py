@@ -73,8 +73,8 @@ def test_prior_forward(prior):
 
 def test_prior_greedy(prior):
     g, model = prior
-    assert torch.equal(model.generate(g["classes"], cfg=1.0, greedy=True), g["greedy_cfg1"])
-    assert torch.equal(model.generate(g["classes"], cfg=2.5, greedy=True), g["greedy_cfg2_5"])
+    assert torch.equal(model.generate(g["classes"], cfg=1.0, top_k=1), g["greedy_cfg1"])
+    assert torch.equal(model.generate(g["classes"], cfg=2.5, top_k=1), g["greedy_cfg2_5"])
 
 
 def test_prior_filters():
@@ -100,7 +100,8 @@ def generator(tmp_path):
 
 def test_generator_forward(generator):
     g, model = generator
-    close(model.encode(g["tokens"], g["classes"], None, g["mask"]), g["encoder_out"], FORWARD)
+    visible = torch.cat([torch.ones(len(g["mask"]), model.fusion.slots), 1 - g["mask"]], dim=1).bool()
+    close(model.encode(g["tokens"], model.fuse(g["classes"], None), visible), g["encoder_out"], FORWARD)
     close(model.hidden(g["tokens"], g["classes"], None, g["mask"]), g["z"], FORWARD)
     close(model.hidden(g["tokens"], torch.full_like(g["classes"], 10), None, g["mask"]), g["z_null_class"], FORWARD)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from data import to_float, toy_picture
 from test_diffloss import on_meta
-from tokenizers import KL, VQ, KLConfig, VQConfig, fit_linear_path
+from tokenizers import KL, VQ, KLConfig, VQConfig, latent_scale
 
 SMALL = dict(ch=32, ch_mult=(1, 1), blocks=1)
 LINEAR = dict(ch=32, ch_mult=(1, 1, 1), blocks=1, unshuffle=2, linear_path=True)  # stride 8
@@ -87,8 +87,8 @@ def test_meta_device():
 def test_raster_order():
     """On the linear path, where patches are tokens: a changed patch changes one token, a changed token one patch."""
     vq, kl, images = make(VQ_LINEAR), make(KL_LINEAR), toys(40)
-    fit_linear_path(vq, images, torch.Generator().manual_seed(0))
-    fit_linear_path(kl, images)
+    vq.fit_linear_path(images, torch.Generator().manual_seed(0))
+    kl.fit_linear_path(images)
     row, column = 1, 2
     patch = (slice(None), slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
     one, place = images[:1].clone(), 4 * row + column
@@ -107,6 +107,7 @@ def test_raster_order():
 def test_scale_is_applied_once():
     images, noise = toys(2), torch.randn(2, 4, 16, 16)
     one, official = make(replace(KL_SMALL, scale=1.0)), make(KL_SMALL)
+    draws = one.draw(2, 16)
     assert KLConfig().scale == 0.2325
     moments = one.encode(images)
     assert torch.equal(official.encode(images), moments)  # moments are unscaled
@@ -114,7 +115,62 @@ def test_scale_is_applied_once():
     torch.testing.assert_close(official.sample(moments, noise), 0.2325 * latents)
     picture = official.decode(official.sample(moments, noise))
     torch.testing.assert_close(picture, one.decode(latents), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(official.loss(images, noise)[0], one.loss(images, noise)[0])
+    torch.testing.assert_close(official.loss(images, draws)[0], one.loss(images, draws)[0])
+
+
+def test_latent_scale():
+    """1 / std of latents, from their moments: as measured on many draws; the KL writes it to its config."""
+    kl, moments = make(replace(KL_SMALL, scale=None)), torch.randn(50, 8, 4, 4) + 1
+    scale = latent_scale(moments.split(7))
+    kl.set_scale(scale)
+    assert kl.config == replace(KL_SMALL, scale=scale)
+    latents = torch.cat([kl.sample(moments) for _ in range(100)])
+    assert float(latents.std()) == pytest.approx(1, rel=0.01)
+
+
+def test_patches():
+    """patch x patch positions make one latent; raster order inside and outside; decoding undoes it."""
+    one, four = (make(replace(KL_LINEAR, scale=1.0, patch=p)) for p in (1, 2))
+    images = toys(2)
+    four.load_state_dict(one.state_dict())
+    assert four.config.token_dim == 4 * one.config.token_dim and torch.equal(one.encode(images), four.encode(images))
+    a, b = mean_latents(one, images), mean_latents(four, images)                      # [2, 16, C], [2, 4, 4C]
+    a = a.view(2, 2, 2, 2, 2, -1).permute(0, 1, 3, 5, 2, 4).reshape(b.shape)          # rows and columns of the squares
+    assert torch.equal(a, b)
+    torch.testing.assert_close(four.decode(b), one.decode(mean_latents(one, images)))
+
+
+def test_lapped_path_has_no_edges():
+    """The border filter is orthogonal and undone by itself; an error of one latent ends in no edge."""
+    kl, tiled, images = make(replace(KL_LINEAR, lapped=True)), make(KL_LINEAR), toys(40)
+    for model in (kl, tiled):
+        model.fit_linear_path(images)
+    assert kl.lap(images).norm() == pytest.approx(float(images.norm()), rel=1e-5)
+    torch.testing.assert_close(kl.lap(kl.lap(images), back=True), images, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kl.lap(images), images, atol=0.1)
+    step = {}
+    for name, model in (("lapped", kl), ("tiled", tiled)):
+        z = mean_latents(model, images)
+        change = model.decode(z + 0.4 * torch.randn_like(z)) - model.decode(z)        # 32 pixels, 4 x 4 tiles of 8
+        d = change.diff(dim=-1).abs().mean((0, 1, 2))
+        step[name] = float(d[7::8].mean() / d.mean())
+    assert step["lapped"] < 1.6 and step["tiled"] > 2.5, step
+
+
+def test_noised_latents_in_training():
+    """config.noise adds noise in standard deviations of the latents, `strength` of it per image."""
+    kl, images = make(replace(KL_SMALL, noise=0.5)), toys(2)
+    draws = kl.draw(2, 16)
+    none = draws._replace(strength=torch.zeros(2, 1, 1, 1))
+    assert torch.equal(kl.loss(images, none)[0], make(KL_SMALL).loss(images, none)[0])
+    z, seen = kl.posterior(kl.to_grid(images))[0], []
+    kl.to_images = lambda x: seen.append(x) or torch.zeros_like(images)
+    kl.loss(images, draws), kl.loss(images, none)
+    want = 0.5 * draws.strength * seen[1].std() * draws.noise
+    torch.testing.assert_close(seen[0] - seen[1], want, rtol=1e-4, atol=1e-5)
+    assert z.shape == seen[0].shape and 0 < float(draws.strength.min()) and float(draws.strength.max()) < 1
+    one = draws.rows(slice(1, 2))
+    assert all(torch.equal(a, b[1:]) for a, b in zip(one, draws))
 
 
 def test_posterior():
@@ -162,8 +218,9 @@ def test_vq_loss():
 
 
 def test_kl_loss():
-    kl, images, noise = make(KL_SMALL), toys(2), torch.randn(2, 4, 16, 16)
-    loss, recon = kl.loss(images, noise)
+    kl, images = make(KL_SMALL), toys(2)
+    draws = kl.draw(2, 16)
+    noise, (loss, recon) = draws.posterior, kl.loss(images, draws)
     mean, logvar = kl.encode(images).chunk(2, 1)
     divergence = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
     pixels = (recon - images).abs().mean() + (recon - images).pow(2).mean()
@@ -193,7 +250,7 @@ def test_linear_path_is_a_codec_at_once(config, least):
     model, images = make(config), toys(60)
     code = model.encode if isinstance(model, VQ) else lambda x: mean_latents(model, x)
     before = psnr(model.decode(code(images)), images)
-    fit_linear_path(model, images, torch.Generator().manual_seed(0))
+    model.fit_linear_path(images, torch.Generator().manual_seed(0))
     after = psnr(model.decode(code(images)), images)
     flat = psnr(images.mean((2, 3), keepdim=True).expand_as(images), images)
     assert after > max(before, flat, least) + 1

@@ -11,6 +11,7 @@ import torch
 
 import checkpoints
 import data
+import fast
 import sample
 from fusion import FUSIONS
 from generator import Generator
@@ -19,7 +20,7 @@ from prior import Prior
 from runtime import rng
 from train import true_share
 
-TEACHER_FORCED = ("--condition", "teacher_forced")
+RESAMPLED = ("--condition", "resampled")
 
 
 def command(toy, stage, run, steps, *more):
@@ -68,7 +69,7 @@ def five_steps(toy, works, tmp_path_factory):
     run = str(tmp_path_factory.mktemp("five"))
     for kind in ("vq", "kl", "prior"):
         shutil.copy(f"{toy.run}/{kind}.pt", run)
-    works(*command(toy, 2, run, 5, *TEACHER_FORCED))
+    works(*command(toy, 2, run, 5, *RESAMPLED))
     return losses(run), run
 
 
@@ -79,7 +80,7 @@ def test_five_steps_are_finite_and_fall(five_steps):
 
 def test_two_ranks_have_the_same_curve(toy, copy_run, two_ranks, five_steps):
     run = copy_run("vq", "kl", "prior")
-    two_ranks(*command(toy, 2, run, 5, *TEACHER_FORCED))
+    two_ranks(*command(toy, 2, run, 5, *RESAMPLED))
     assert losses(run) == pytest.approx(five_steps[0], abs=1e-4)
     assert mean_difference(train_state(run)["raw"], train_state(five_steps[1])["raw"]) < 1e-5
 
@@ -140,7 +141,7 @@ def test_saved_in_the_middle(toy, copy_run, works, monkeypatch, script):
 def test_finished_run_is_left_alone(toy, works, five_steps):
     _, run = five_steps
     before = train_state(run)
-    works(*command(toy, 2, run, 5, *TEACHER_FORCED))
+    works(*command(toy, 2, run, 5, *RESAMPLED))
     assert_same(before, train_state(run))
 
 
@@ -149,7 +150,7 @@ def test_other_settings_do_not_resume(toy, five_steps, script):
     _, run = five_steps
     for word, other in [("generator", ("--fusion", "qformer")), ("condition", ("--condition", "ground_truth")),
                         ("batch", ("--batch", 8)), ("seed", ("--seed", 1))]:
-        result = script(*command(toy, 2, run, 6, *TEACHER_FORCED, *other))
+        result = script(*command(toy, 2, run, 6, *RESAMPLED, *other))
         assert result.code == 1 and re.search(rf"trained with other settings \(.*{word}", result.err), result.err
 
 
@@ -212,7 +213,7 @@ def test_files_describe_themselves(toy):
     assert content["step"] == 40 and content["preset"] == "toy" and content["classes"][8] == [8, "cold ring"]
     assert content["sampling"]["iterations"] == PRESETS["toy"].sampling.iterations
     kl = checkpoints.read(os.path.join(toy.run, "kl.pt"))
-    assert kl["image_size"] == 32 and kl["config"]["scale"] != 1.0
+    assert kl["image_size"] == 32 and kl["config"]["scale"] is not None
     cache = data.read_header(toy.cache)["scale"]
     assert kl["config"]["scale"] == pytest.approx(cache, rel=0.05)  # both measured, on other draws of the same images
     assert sorted(os.listdir(toy.run)) == ["generator.pt", "grids", "kl.pt", "log.jsonl", "prior.pt", "train-0.pt",
@@ -244,7 +245,7 @@ def test_learning_rate_follows_batch_and_warm_up(toy, copy_run, works, monkeypat
 
 # ------------------------------------------------------------------------------------------------------- combinations
 
-@pytest.mark.parametrize("condition", ["teacher_forced", "ground_truth", "mixed:0.5"])
+@pytest.mark.parametrize("condition", ["resampled", "ground_truth", "mixed:0.5"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path, fusion, condition):
     run = copy_run("vq", "kl", "prior")
@@ -260,26 +261,26 @@ def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path,
 
 def test_conditions_differ(toy, copy_run, works):
     curves = {}
-    for condition in ("teacher_forced", "mixed:0", "mixed:.5", "mixed:1-0", "mixed:1", "ground_truth"):
+    for condition in ("resampled", "mixed:0", "mixed:.5", "mixed:1-0", "mixed:1", "ground_truth"):
         run = copy_run("vq", "kl", "prior")
         works(*command(toy, 2, run, 3, "--condition", condition))
         curves[condition] = tuple(losses(run)[1:])  # the head starts at zero, so the first loss knows no condition
         shutil.rmtree(run)
-    assert curves["teacher_forced"] == curves["mixed:0"] and curves["ground_truth"] == curves["mixed:1"]
+    assert curves["resampled"] == curves["mixed:0"] and curves["ground_truth"] == curves["mixed:1"]
     assert len(set(curves.values())) == 4
 
 
 def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
     """A prior that draws code 63 only, and a generator that counts it: the share moves linearly with the step."""
-    assert true_share("ground_truth") == (1, 1) and true_share("teacher_forced") == (0, 0)
+    assert true_share("ground_truth") == (1, 1) and true_share("teacher_forced") == true_share("resampled") == (0, 0)
     assert true_share("mixed:0.7") == (0.7, 0.7) and true_share("mixed:1.0-.3") == (1, 0.3)
     drawn = []
     monkeypatch.setattr(Prior, "resample", lambda self, codes, classes, uniform: torch.full_like(codes, 63))
 
-    def loss(self, latents, classes, codes, *rest):
+    def loss(model, latents, classes, codes, draws):
         drawn.append(float((codes == 63).float().mean()))
-        return self.mask_token.sum()
-    monkeypatch.setattr(Generator, "loss", loss)
+        return model.mask_token.sum()
+    monkeypatch.setattr(fast, "loss", loss)
     works(*command(toy, 2, copy_run("vq", "kl", "prior"), 5, "--condition", "mixed:1-0", "--batch", 64))
     drawn = [(d - drawn[0]) / (1 - drawn[0]) for d in drawn]  # some true codes are 63
     assert drawn == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.06)  # 1,024 codes a step
@@ -289,11 +290,11 @@ def test_share_of_hidden_tokens(toy, copy_run, works, monkeypatch):
     """A preset's smallest share of hidden tokens: at 1 all 16 in every step, at 0.3 fewer in some."""
     visible, preset = [], PRESETS["toy"]
 
-    def loss(self, latents, classes, codes, hidden, t, noise, shown):
-        assert (~hidden).sum(1).tolist() == [shown] * len(latents)
-        visible.append(shown)
-        return self.mask_token.sum()
-    monkeypatch.setattr(Generator, "loss", loss)
+    def loss(model, latents, classes, codes, draws):
+        assert draws.mask.sum(1).tolist() == [draws.hidden] * len(latents)
+        visible.append(16 - draws.hidden)
+        return model.mask_token.sum()
+    monkeypatch.setattr(fast, "loss", loss)
     for low in (1.0, 0.3):
         monkeypatch.setitem(PRESETS, "toy", replace(preset, generator=replace(preset.generator, mask_min=low)))
         works(*command(toy, 2, copy_run("vq", "kl", "prior"), 8, "--fresh"))
@@ -326,7 +327,7 @@ def test_stages_come_in_order(toy, copy_run, script, works, tmp_path):
     result = script(*command(toy, 1, run, 1))
     assert result.code == 1 and "vq.pt is not there" in result.err
     run = copy_run("vq", "kl")
-    result = script(*command(toy, 2, run, 1, *TEACHER_FORCED))
+    result = script(*command(toy, 2, run, 1, *RESAMPLED))
     assert result.code == 1 and "run stage 1 first, or use --condition ground_truth" in result.err
     works(*command(toy, 2, run, 1, "--condition", "ground_truth"))
 
