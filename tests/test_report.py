@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tools import report
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import report
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 
@@ -28,7 +30,7 @@ def run(toy, tmp_path):
 def test_page_of_a_run(run, works):
     log = run / "log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    works("tools.report", run)
+    works("report", run)
     page = (run / "report.html").read_text()
     assert re.findall("<h2>Stage (.): ", page) == ["0", "1", "2"]
     for stage in range(3):
@@ -40,7 +42,7 @@ def test_page_of_a_run(run, works):
 
 
 def test_page_stands_alone(run, works):
-    works("tools.report", run)
+    works("report", run)
     page = (run / "report.html").read_text()
     assert not re.search(r"<script|<link|https?:|url\(|@import|refresh", page)
     assert all(source.startswith("data:") for source in re.findall('src="([^"]*)"', page))
@@ -56,7 +58,7 @@ def test_pictures_from_first_to_last(run, works):
     for step in range(100, 2100, 100):
         size = (2048, 64) if step == 2000 else (64, 64)
         Image.new("RGB", size, (step // 10, 0, 0)).save(run / "grids" / f"stage2-{step:07}.png")
-    works("tools.report", run)
+    works("report", run)
     page = (run / "report.html").read_text()
     steps = [int(s.replace(",", "")) for s in re.findall(r"<figcaption>step ([\d,]+)<", page)]
     assert len(steps) == report.PICTURES and steps[0] == 100 and steps[-1] == 2000 and steps == sorted(steps)
@@ -87,7 +89,7 @@ def test_expected_course_of_tiny(tmp_path, works):
         shutil.copy(TINY / f"{kind}.pt", tmp_path)
     write_log(tmp_path / "log.jsonl", *({"stage": stage, "step": step, "loss": 2.0, "images_per_s": 1.0}
                                         for stage in range(3) for step in (500, 1000, 2000)))
-    works("tools.report", tmp_path)
+    works("report", tmp_path)
     assert (tmp_path / "report.html").read_text().count("preset tiny<") == 3
 
 
@@ -126,13 +128,13 @@ def test_watch(tmp_path, script, monkeypatch):
         write_log(log, *({"stage": 1, "step": step, "loss": 5.0} for step in range(1, len(pages) + 1)))
 
     monkeypatch.setattr(report.time, "sleep", sleep)
-    assert script("tools.report", tmp_path, "--watch").code == 130
+    assert script("report", tmp_path, "--watch").code == 130
     assert "Stage 1" not in pages[0] and "Step 1," in pages[1] and "Step 2," in pages[2]
     assert all(f"refresh content={report.EVERY}>" in page for page in pages)
 
 
 def test_bad_input(tmp_path, script):
     for path in (tmp_path / "nowhere", tmp_path):
-        result = script("tools.report", path)
+        result = script("report", path)
         assert result.code == 1 and "has no log of a training" in result.err and "Traceback" not in result.err
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@
     python tools/bench.py head --preset d2c-b --batch 4        one part
     python tools/bench.py generator --preset mar-b --iterations 64 --steps 100
     python tools/bench.py growth --preset tiny                 as batch, iterations and the number of images grow
+    python tools/bench.py fusions                              parameters and FLOPs with each fusion, counted
     python tools/bench.py cost --preset d2c-l                  memory and time of a training, computed, not run
     python tools/bench.py gpu                                  8 minutes on one GPU: see gpu.py
 
@@ -26,13 +27,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from measure import average_draws, classes_and_codes, count_flops, matmul_rate, peak_memory, random_weights, seconds
 import fast
-import inception
 import sample
 from diffloss import DiffusionHead, HeadConfig
+from fusion import FUSIONS
 from generator import Generator
 from gpu import FORMS, bench_gpu
 from presets import PRESETS
@@ -103,13 +103,13 @@ def bench_d2c(args, preset):
 
 def bench_train(args, preset):
     """Loss and gradient of the generator."""
-    model = random_weights(Generator(replace(preset.generator, dropout=0.0)), args.device).train()
+    model = random_weights(Generator(replace(preset.generator, dropout=0.0)), args.device, training=True)
     c, B, draws = model.config, args.batch, average_draws(model, args.batch)
     latents = torch.randn(B, c.grid**2, c.token_dim, device=args.device)
     given = latents, *classes_and_codes(c, B, args.device)
 
     def step(loss):
-        with torch.enable_grad(), autocast(args.device):
+        with autocast(args.device):
             value = loss()
         value.backward()
         model.zero_grad(set_to_none=True)
@@ -131,6 +131,7 @@ def bench_tokenise(args, preset):
 
 def bench_fid(args, preset):
     """Inception's features; fast: batch norms folded, channels last."""
+    import inception
     images = torch.randint(256, (4 * args.batch, 3, 256, 256), dtype=torch.uint8, device=args.device)
     plain = inception.Network()
     with tempfile.TemporaryDirectory() as folder:
@@ -170,16 +171,37 @@ def training_step(config, prior_config):
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    with torch.enable_grad(), FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = Generator(replace(config, dropout=0.0)).train()
+    with FakeTensorMode():
+        model, prior = Generator(replace(config, dropout=0.0)).train(), Prior(prior_config).eval()
         draws, latents = average_draws(model, 1), torch.empty(1, config.grid**2, config.token_dim)
         classes, codes = classes_and_codes(config, 1, "cpu")
-        if model.fusion.reads_codes:
-            codes = Prior(prior_config).eval().mixture(codes, classes, 0.0, draws.codes)
-        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = fast.loss(model, latents, classes, codes, draws)
-        loss.backward()
-    return counter.get_total_flops(), sum(kept.values()), sum(p.numel() for p in model.parameters())
+
+        def step():
+            drawn = prior.mixture(codes, classes, 0.0, draws.codes) if model.fusion.reads_codes else codes
+            with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = fast.loss(model, latents, classes, drawn, draws)
+            loss.backward()
+
+        step()
+        kept_bytes = sum(kept.values())  # with the attention of a training, which keeps less than matrix products do
+        flops = count_flops(step)
+    return flops, kept_bytes, sum(p.numel() for p in model.parameters())
+
+
+def bench_fusions(args, preset):
+    """Parameters, and FLOPs of the guided decoding of one image, with each fusion, counted with fake tensors."""
+    for fusion in FUSIONS:
+        with FakeTensorMode():
+            model = Generator(replace(preset.generator, fusion=fusion)).eval()
+            total = sum(p.numel() for p in model.parameters())
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            model.requires_grad_(False)
+            given = classes_and_codes(model.config, 1, "cpu")
+            null = fast.null_condition(model)  # computed once per run, so not counted
+            one, two = (count_flops(lambda: fast.generate(model, *given, args.iterations, steps, 3.0, null=null))
+                        for steps in (1, 2))
+        yield {"what": fusion, "parameters_m": total / 1e6, "trained_m": trained / 1e6,
+               "gflop": (one + (args.steps - 1) * (two - one)) / 1e9}  # FLOPs are linear in the steps
 
 
 def bench_cost(args, preset):
@@ -197,10 +219,13 @@ def bench_cost(args, preset):
 # ----------------------------------------------------------------------------------------------------- command line
 
 PARTS = {"head": bench_head, "prior": bench_prior, "generator": bench_generator, "d2c": bench_d2c, "train": bench_train,
-         "tokenise": bench_tokenise, "fid": bench_fid, "growth": bench_growth, "cost": bench_cost, "gpu": bench_gpu}
+         "tokenise": bench_tokenise, "fid": bench_fid, "growth": bench_growth, "fusions": bench_fusions,
+         "cost": bench_cost, "gpu": bench_gpu}
 SHOWN = {
-    "plain_s": "plain {:.2f} s", "fast_s": "fast {:.2f} s", "ratio": "ratio {:.2f}", "ratio_min": "smallest {:.2f}",
-    "ratio_max": "largest {:.2f}", "seconds": "{:.2f} s", "estimate_s": "estimate {:.2f} s",
+    "parameters_m": "{:.1f}M parameters", "trained_m": "{:.1f}M trained",
+    "plain_s": "plain {:.2f} s", "fast_s": "fast {:.2f} s",
+    "ratio": "ratio {:.2f}", "ratio_min": "smallest {:.2f}", "ratio_max": "largest {:.2f}",
+    "seconds": "{:.2f} s", "estimate_s": "estimate {:.2f} s",
     "images_per_s": "{:.3g} images/s", "gflop": "{:,.5g} GFLOP", "share": "{:.0%} of a matrix product's rate",
     "matmul_gflop_per_s": "{:,.0f} GFLOP/s", "h100_hours": "{:,.0f} H100-hours",
     "state_gb": "{:.1f} GB for weights, gradients, Adam and EMA", "pass_mb": "{:,.0f} MB per image of a pass in bf16",
@@ -244,13 +269,12 @@ def main():
     card = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
     about = {"part": args.part, "preset": args.preset, "device": str(args.device), "card": card,
              "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.platform()}
-    with torch.no_grad():  # the parts that train enable gradients
-        for figure in PARTS[args.part](args, PRESETS[args.preset]):
-            numbers = ", ".join(text.format(figure[name]) for name, text in SHOWN.items() if name in figure)
-            print(f"{args.part:9} {figure['what']}: {numbers}", flush=True)
-            if args.json:
-                with open(args.json, "a") as file:
-                    file.write(json.dumps({**about, **figure}) + "\n")
+    for figure in PARTS[args.part](args, PRESETS[args.preset]):
+        numbers = ", ".join(text.format(figure[name]) for name, text in SHOWN.items() if name in figure)
+        print(f"{args.part:9} {figure['what']}: {numbers}", flush=True)
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps({**about, **figure}) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ iteration sees the same share of the tokens whatever n is (within 3% of the rows
 its estimate. The prior is timed whole, the KL decoder on at most 8 images at once.
 """
 import time
-from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -126,7 +125,8 @@ class Bench:
     def training(self, name, recompute):
         """Optimizer steps of stage 2 on random images, with the prior's pass and the EMA."""
         original, prior, _ = self.models[name]
-        model, B, c = deepcopy(original).train(), self.batch, original.config
+        B, c = self.batch, original.config
+        model = random_weights(Generator(c), self.device, training=True)
         for block in (m for m in model.modules() if recompute and isinstance(m, Block)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         learning = [p for p in model.parameters() if p.requires_grad]
@@ -136,14 +136,15 @@ class Bench:
 
         def step():
             draws = average_draws(model, B)
-            with torch.enable_grad(), autocast(self.device):
+            with autocast(self.device):
                 drawn = prior.mixture(codes, classes, 0.0, draws.codes) if prior else codes
                 loss = fast.loss(model, latents, classes, drawn, draws)
             with tf32():
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(ema, learning, 1e-4)
+            with torch.no_grad():
+                torch._foreach_lerp_(ema, learning, 1e-4)
 
         step()
         if self.device.type == "cuda":

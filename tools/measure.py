@@ -10,18 +10,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generator import mask_ratio
 
 
-def random_weights(model, device):
-    """Fills the parameters that are all zero, which could run faster than real ones; on the device, in eval mode."""
+def random_weights(model, device, training=False):
+    """Fills the parameters that are all zero, which could run faster than real ones; frozen unless for training."""
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.02)
-    return model.eval().to(device)
+    model.to(device)
+    return model.train() if training else model.eval().requires_grad_(False)
 
 
 def classes_and_codes(config, B, device):
@@ -55,8 +57,8 @@ def matmul_rate(device, dtype=torch.float32, n=2048):
 
 
 def count_flops(call):
-    """FLOPs of one call, which runs."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of one call, which runs. Attention runs as matrix products, because the counter misses a CPU's kernel."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 
