@@ -216,7 +216,7 @@ class GeneratorStage(OnCache):
         elif reads_codes:
             print0(f"note: {args.run} has no prior.pt; the codes get a random table, and no samples are shown")
         code_dim = self.frozen["prior"].config.dim if "prior" in self.frozen else preset.prior.dim
-        config = replace(config, grid=self.grid // kl.config.patch, code_grid=self.grid, classes=len(self.class_names), vocab=vq.config.codebook_size,
+        config = replace(config, grid=self.grid // kl.config.merge, code_grid=self.grid, classes=len(self.class_names), vocab=vq.config.codebook_size,
                          code_dim=code_dim, token_dim=kl.config.token_dim)
         model = generator.Generator(config)
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without one it stays random
