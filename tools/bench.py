@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from measure import average_draws, classes_and_codes, count_flops, matmul_rate, peak_memory, random_weights, seconds
 import fast
+import inception
 import sample
 from diffloss import DiffusionHead, HeadConfig
 from fusion import FUSIONS
@@ -131,7 +132,6 @@ def bench_tokenise(args, preset):
 
 def bench_fid(args, preset):
     """Inception's features; fast: batch norms folded, channels last."""
-    import inception
     images = torch.randint(256, (4 * args.batch, 3, 256, 256), dtype=torch.uint8, device=args.device)
     plain = inception.Network()
     with tempfile.TemporaryDirectory() as folder:
