@@ -239,7 +239,7 @@ def draw_images(args, device) -> Images:
     """Images of args.run, drawn when they are needed: the images that sample.py writes with the same flags."""
     run = sample.load_run(args.run, device)
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
-    seed, num, pixels = args.seed or 0, args.num or 50_000, run.generator.config.grid * run.kl.stride
+    seed, num = args.seed or 0, args.num or 50_000
     names = [sample.picture_name(run, labels, i) for i in range(num)]
 
     def load(numbers):
@@ -248,7 +248,7 @@ def draw_images(args, device) -> Images:
     settings = {**sample.describe(run, s, seed, labels), "num": num}
     about = about_images(args.run, None, map(os.path.dirname, names), settings)
     # `map`, not `ahead`: its thread would draw while Inception runs, and `exact_convolutions` affects all threads
-    return Images(num, [pixels, pixels], partial(map, load), about, names)
+    return Images(num, [run.pixels, run.pixels], partial(map, load), about, names)
 
 
 # -------------------------------------------------------------------------------------------------------- references
