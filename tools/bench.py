@@ -33,12 +33,13 @@ import fast
 import inception
 import sample
 from diffloss import DiffusionHead, HeadConfig
+from faults import run_script
 from fusion import FUSIONS
 from generator import Generator
 from gpu import FORMS, bench_gpu
 from presets import PRESETS
 from prior import Prior
-from runtime import UserError, autocast, run_script, setup
+from runtime import UserError, autocast, setup
 from tokenizers import KL, VQ
 
 

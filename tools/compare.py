@@ -34,11 +34,12 @@ import checkpoints
 import data
 import fast
 import sample
+from faults import run_script
 from fid import frechet_distance
 from fusion import FUSIONS
 from generator import GeneratorConfig, mask_ratio
 from presets import PRESETS
-from runtime import UserError, rng, run_script
+from runtime import UserError, rng
 from train import main as train
 
 SECONDS = 120  # CPU time of a training on photographs

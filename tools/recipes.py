@@ -17,7 +17,8 @@ import torch
 from compare import PRESETS, ROOT, compare, held_out, measure_generator, once, run, train_for, train_generator
 import checkpoints
 import data
-from runtime import UserError, rng, run_script
+from faults import run_script
+from runtime import UserError, rng
 
 TOKENIZER_SECONDS, GENERATOR_SECONDS = 200, 240
 tiny = replace(PRESETS["tiny"], sampling=replace(PRESETS["tiny"].sampling, iterations=16))

@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import UserError, run_script, write_file
+from faults import run_script
+from runtime import UserError, write_file
 
 STAGES = {0: ("tokenizers", ("vq", "kl")), 1: ("prior", ("prior",)), 2: ("generator", ("generator",))}
 POINTS, PICTURES, WIDTH, EVERY = 300, 6, 1024, 30  # of a curve; of a stage; pixels of a picture; seconds of --watch
