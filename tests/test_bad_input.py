@@ -395,6 +395,8 @@ flags("sample", ["need each other"], "--edit a.png", "--keep a.png")
 flags("sample", ["exclude each other"], "--edit a.png --keep a.png --like a.png")
 flags("sample", ["a.png is not there"], "--like a.png", "--edit a.png --keep b.png")
 flags("sample", ["FILE.gif"], "--frames film.png")
+flags("sample", ["not allowed"], "--about a.png")
+flags("sample", ["--plain excludes"], "--plain --graphs", "--plain --compile")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
@@ -437,6 +439,22 @@ def mask_that_keeps_all(c):
 def picture_that_is_none(c):
     (c.tmp / "picture.png").write_text("no picture")
     return *sample(c), "--like", c.tmp / "picture.png"
+
+
+@case("does not say how it was made")
+def picture_of_somebody_else(c):
+    Image.new("RGB", (40, 40)).save(c.tmp / "picture.png")
+    return "sample", "--about", c.tmp / "picture.png"
+
+
+@case("does not say how it was made")
+def picture_that_is_not_there(c):
+    return "sample", "--about", c.new
+
+
+@case("--class.*--about")
+def neither_class_nor_picture(c):
+    return "sample", "--run", c.toy.run
 
 
 @case("--frames", "--out must be FILE.png")
