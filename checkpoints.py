@@ -1,22 +1,22 @@
-"""Files: atomic, self-describing, checksummed; and all that is known about the layouts of official weights.
+"""Files of weights: atomic, self-describing, checksummed; and all that is known about the layouts of official files.
 
-    save(path, kind, config, state, **meta)      writes one of ours
-    newest(path) -> dict                         the training state at `path`, or the one kept before it
-    load(path, kind, ema=True) -> config, state  reads ours or an official one; state fits our module of that config
-    load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode, with `about`: its meta
-    read(path) -> dict                           the raw content of a file, safely
+    save(path, kind, config, state, **meta)      writes one of ours; kind is vq, kl, prior or generator
+    load(path, kind) -> config, state            reads ours or an official one; the state fits our module of that config
+    load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode
+    write(path, content), read(path) -> dict     any torch file, safely; newest(path): a training state
+
+    python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
+    python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
 
 A run directory holds {vq,kl,prior,generator}.pt. Any of the four may be an official file under that name:
 
-    vq         LlamaGen vq_ds16_c2i.pt
-    kl         MAR kl16.ckpt, CompVis kl-f16, VA-VAE (f16, 32 channels)
-    prior      LlamaGen c2i_{B,L,XL,XXL}: {"model"}, {"module"}, {"state_dict"} or bare
-    generator  MAR checkpoint-last.pth, with {"model", "model_ema", "args": Namespace}
+    vq         LlamaGen: vq_ds16_c2i.pt
+    kl         MAR: kl16.ckpt; CompVis: kl-f16; VA-VAE: f16, 32 channels
+    prior      LlamaGen: c2i_{B,L,XL,XXL}
+    generator  MAR: checkpoint-last.pth
 
-The layout is recognised from the keys and the sizes from the shapes, never from the file's name. Nothing is unpickled
-but tensors, plain containers and argparse.Namespace. As a script it copies a run in half precision, for shipping:
-
-    python checkpoints.py runs/tiny weights/tiny
+The names of the tensors give the layout, their shapes give the sizes; a file's name says nothing. `read` unpickles
+tensors, plain containers and argparse.Namespace only.
 """
 import argparse
 import csv
@@ -24,7 +24,7 @@ import hashlib
 import os
 import pickle
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import count as count_from
 
 import torch
@@ -80,12 +80,11 @@ def read(path: str) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL")):
+    except Exception as error:  # a flipped bit can make the zip reader and the unpickler raise almost anything
+        code = any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        if code and isinstance(error, pickle.UnpicklingError):
             what = "holds more than tensors and plain values, which could run code, and is refused"
             raise UserError(f"{path} {what}.") from None
-        raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
-    except Exception:  # a flipped bit can make the zip reader and the unpickler raise almost anything
         raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
@@ -103,23 +102,21 @@ def previous(path: str) -> str:
 
 
 def newest(path: str) -> dict | None:
-    """The training state `path`; the previous one where that is damaged or gone; None where there is neither."""
-    files = [file for file in (path, previous(path)) if os.path.exists(file)]
-    for file in files:
+    """The training state `path`; the previous one if that is damaged or absent; None if there is neither."""
+    content, before, damaged = None, previous(path), False
+    if os.path.exists(path):
         try:
-            content = read(file)
-            break
+            content = read(path)
         except UserError as error:
-            if file == files[-1]:
+            if not os.path.exists(before):
                 raise
-            print0(f"note: {error} Going on from {files[-1]}, the one before it.")
-    else:
-        content = None
+            print0(f"note: {error} Continuing from {before}, the training state before it.")
+            damaged = True
+    if content is None and os.path.exists(before):
+        content = read(before)
     barrier()  # every rank has read
-    if content is None:
-        return None
-    if file != files[0] and is_first():  # out of the way, lest the next save keep it in the place of the good one
-        os.replace(files[0], f"{files[0]}.damaged")
+    if damaged and is_first():  # the next save would otherwise keep the damaged file in place of the good one
+        os.replace(path, f"{path}.damaged")
     return content
 
 
@@ -169,10 +166,13 @@ def set_aside(paths: list):
 def load(path: str, kind: str, ema: bool = True):
     """-> (config, state_dict in fp32) for our module of `kind`: vq, kl, prior or generator.
 
-    ema: of an official generator file take `model_ema` where it has one, else `model`. Our own files hold one set of
-    weights, the EMA where one was trained, and ignore the flag.
+    An official file may hold an EMA beside the raw weights. ema=False takes the raw ones, MAR's `model` instead of its
+    `model_ema`, to compare the two. Our own files hold one set of weights, the EMA if one was trained.
     """
-    return parse(path, kind, read(path), ema)
+    config, state = parse(path, kind, read(path), ema)
+    with torch.device("meta"):  # a module without memory
+        check_tensors(path, kind, MODULES[kind](config), state)
+    return config, state
 
 
 def load_model(path: str, kind: str, device="cpu"):
@@ -180,11 +180,9 @@ def load_model(path: str, kind: str, device="cpu"):
     content = read(path)
     config, state = parse(path, kind, content)
     model = MODULES[kind](config)
-    wanted = model.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state or key not in wanted or state[key].shape != wanted[key].shape:
-            raise UserError(f"{path} is no whole {kind} of its sizes: see the tensor {key!r}; get the file again.")
-        if not torch.isfinite(state[key]).all():
+    check_tensors(path, kind, model, state)
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
             raise UserError(f"{path} holds values that are not finite, in {key!r}; it is damaged or was trained badly.")
     model.load_state_dict(state)
     own = content if "format" in content else {}
@@ -202,16 +200,39 @@ def refuse_other(path: str, model, wanted: dict):
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """`load` of a file that `read` has read."""
+    """`load` of a file that `read` has read, before `check_tensors`."""
+    state = content["state"] if "format" in content else official_state(content, ema)
+    if (found := kind_of(path, content, state)) != kind:
+        raise UserError(f"{path} holds {found} weights where {kind} is expected.")
     if "format" in content:
-        if content["kind"] != kind:
-            raise UserError(f"{path} holds {content['kind']} weights where {kind} is expected.")
         config = make_config(path, kind, content["config"])
-        return config, {k: v.float() if v.is_floating_point() else v for k, v in content["state"].items()}
-    try:
-        return LAYOUTS[kind](path, content, ema)
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: it has no tensor {error}; get the file again.") from None
+    else:
+        try:
+            _, names, convert = OFFICIAL[kind]
+            config, state = convert(path, content, rename(state, names))
+        except KeyError as error:
+            raise UserError(f"{path} is incomplete: it has no tensor {error}; get the file again.") from None
+    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def kind_of(path: str, content: dict, state: dict) -> str:
+    """vq, kl, prior or generator. Our files say it; of the others each has a tensor that no other kind has."""
+    if "format" in content:
+        return content["kind"]
+    for kind, (mark, _, _) in OFFICIAL.items():
+        if mark in state:
+            return kind
+    raise UserError(f"{path} holds no weights that this code recognises; docs/weights.md lists the supported files.")
+
+
+def check_tensors(path: str, kind: str, model, state: dict):
+    """Refuses a state that has not exactly the tensors of our module."""
+    wanted = model.state_dict()
+    for key in [*wanted, *state]:
+        if key not in wanted:
+            raise UserError(f"{path} has the unknown tensor {key!r}; it is no layout that this code supports.")
+        if key not in state or state[key].shape != wanted[key].shape:
+            raise UserError(f"{path} is no whole {kind} of its sizes: see the tensor {key!r}; get the file again.")
 
 
 def make_config(path, kind, values: dict):
@@ -232,175 +253,197 @@ def read_classes(path: str) -> dict | None:
         raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
 
 
-# ---------------------------------------------------------------------------------------------- official layouts
+# -------------------------------------------------------------------------------------------------- official layouts
 
-def unpack(path, content: dict, names: tuple) -> dict:
-    """The state dict inside an official container: the first of `names` that is there, else the file itself; fp32."""
-    state = next((content[n] for n in names if isinstance(content.get(n), dict)), content)
-    plain = lambda key: key.removeprefix("module.").removeprefix("_orig_mod.")
-    state = {plain(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if not state:
-        raise UserError(f"{path} holds no weights that this code recognises.")
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
+IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # parts we do not need
 
 
-def rename(path, state: dict, rules: list, drop: str = r"$^") -> dict:
-    """Renames tensors by the first rule that matches; `drop` matches what to leave out; all else is an error.
+def official_weights(content: dict, ema: bool = True) -> str | None:
+    """The entry of an official file that holds its weights; None if the file is a bare state dict."""
+    return next((name for name in (EMA if ema else ()) + RAW if isinstance(content.get(name), dict)), None)
 
-    A rule is written without the final .weight or .bias, which stay.
-    """
+
+def official_state(content: dict, ema: bool = True) -> dict:
+    """The tensors of an official file, without the prefixes that DDP and torch.compile put before their names."""
+    name = official_weights(content, ema)
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in (content[name] if name else content).items()
+            if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
+def rename(state: dict, names: list) -> dict:
+    """Replaces the official pieces of each tensor's name by ours, in the order of `names`: pairs (theirs, ours)."""
     out = {}
     for key, value in state.items():
-        if re.match(drop, key):
-            continue
-        stem, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", key).groups()
-        rule = next(((a, b) for a, b in rules if re.fullmatch(a, stem)), None)
-        if rule is None:
-            raise UserError(f"{path} has the unknown tensor {key!r}; it is no layout that this code supports.")
-        out[re.sub(f"^{rule[0]}$", rule[1], stem) + (suffix or "")] = value
+        if not key.startswith(IGNORED):
+            for theirs, ours in names:
+                key = key.replace(theirs, ours)
+            out[key] = value
     return out
 
 
-def need(path, kind, state: dict, *keys):
-    if missing := [k for k in keys if k not in state]:
-        raise UserError(f"{path} does not look like {kind} weights: there is no tensor {missing[0]!r}.")
+def count(state: dict, prefix: str) -> int:
+    """The length of the list of modules whose tensors are named prefix0..., prefix1..., ..."""
+    return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
-def count(state: dict, pattern: str) -> int:
-    """One more than the largest number that the group of `pattern` takes in the keys; 0 without a match."""
-    return max((int(m[1]) for k in state if (m := re.match(pattern, k))), default=-1) + 1
-
-
-SIDE, PART = "(encoder|decoder)", r"(norm\d?|conv\d|q|k|v)"
-AUTOENCODER = [  # the names that LlamaGen and CompVis share, and those of the parts inside a block
-    (SIDE + r"\.(conv_in|norm_out|conv_out)", r"\1.\2"), ("(quant_conv|post_quant_conv)", r"\1"),
-    (SIDE + r"\.(levels\.\d+\.resample\.conv)", r"\1.\2"),
-    (SIDE + r"\.(levels\.\d+\.\w+\.\d+|mid\.\d)\." + PART, r"\1.\2.\3"),
-    (SIDE + r"\.(levels\.\d+\.\w+\.\d+)\.nin_shortcut", r"\1.\2.shortcut"),
-    (SIDE + r"\.(levels\.\d+\.\w+\.\d+|mid\.\d)\.proj_out", r"\1.\2.proj")]
-
-
-def substitute(state: dict, pairs: list) -> dict:
-    """Applies regular expressions to all keys, one after the other."""
-    for a, b in pairs:
-        state = {re.sub(a, b, k): v for k, v in state.items()}
-    return state
+AUTOENCODER_NAMES = [(".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"),
+                     ("proj_out", "proj")]
+VQ_NAMES = AUTOENCODER_NAMES + [
+    (".conv_blocks.", ".levels."), (".res.", ".blocks."), ("quantize.embedding", "codebook")]
+KL_NAMES = AUTOENCODER_NAMES + [
+    (".down.", ".levels."), (".up.", ".levels."), (".block.", ".blocks."),
+    ("mid.block_1", "mid.0"), ("mid.attn_1", "mid.1"), ("mid.block_2", "mid.2")]
+PRIOR_NAMES = [
+    ("cls_embedding.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"),
+    ("layers.", "blocks."), (".attention.", "."), (".feed_forward.", ".")]
+GENERATOR_NAMES = [
+    ("class_emb.", "class_embedding."), ("fake_latent", "fake_class"),
+    ("z_proj_ln", "encoder_in_norm"), ("z_proj", "latent_in"), ("decoder_embed", "decoder_in"),
+    ("diffusion_pos_embed_learned", "output_positions"), ("pos_embed_learned", "positions"),
+    (".attn.", "."), (".mlp.fc", ".fc"),
+    ("diffloss.", "head."), ("time_embed.mlp", "time"), ("cond_embed", "cond"), ("input_proj", "input"),
+    ("res_blocks", "blocks"), ("in_ln", "norm"), ("final_layer.linear", "output"),
+    ("final_layer.adaLN_modulation.1", "output_modulation"), ("adaLN_modulation.1", "modulation")]
 
 
 def autoencoder_sizes(state: dict) -> dict:
     """ch, ch_mult, z_channels and blocks from the shapes of tensors under our names."""
     ch = len(state["encoder.conv_in.weight"])
-    levels = range(count(state, r"encoder\.levels\.(\d+)"))
+    levels = range(count(state, "encoder.levels."))
     return dict(ch=ch, ch_mult=tuple(len(state[f"encoder.levels.{i}.blocks.0.conv1.weight"]) // ch for i in levels),
-                z_channels=state["decoder.conv_in.weight"].shape[1],
-                blocks=count(state, r"encoder\.levels\.0\.blocks\.(\d+)"))
+                z_channels=state["decoder.conv_in.weight"].shape[1], blocks=count(state, "encoder.levels.0.blocks."))
 
 
-def load_vq(path, content, ema):
-    state = unpack(path, content, ("ema", "model") if ema else ("model",))
-    need(path, "VQ", state, "quantize.embedding.weight", "encoder.conv_in.weight", "decoder.conv_in.weight")
-    state = substitute(state, [
-        (r"\.conv_blocks\.", ".levels."), (r"\.res\.", ".blocks."), (r"\.(down|up)sample\.", ".resample.")])
-    rules = AUTOENCODER + [(r"quantize\.embedding", "codebook")]
-    state = rename(path, state, rules, drop=r"quantize\.codebook_used|loss\.")
+def convert_vq(path, content, state):
     K, d = state["codebook.weight"].shape
     return VQConfig(**autoencoder_sizes(state), codebook_size=K, codebook_dim=d), state
 
 
-def load_kl(path, content, ema):
-    state = unpack(path, content, ("model", "state_dict"))
-    need(path, "KL", state, "encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight",
-         "encoder.down.0.block.0.conv1.weight")
-    top = count(state, r"decoder\.up\.(\d+)") - 1
-    state = substitute(state, [
-        (r"^encoder\.down\.", "encoder.levels."), (r"\.block\.", ".blocks."), (r"\.(down|up)sample\.", ".resample."),
-        (r"^decoder\.up\.(\d+)", lambda m: f"decoder.levels.{top - int(m[1])}"),  # theirs count from the top
-        (r"\.mid\.block_1", ".mid.0"), (r"\.mid\.attn_1", ".mid.1"), (r"\.mid\.block_2", ".mid.2")])
-    state = rename(path, state, AUTOENCODER, drop=r"loss\.|foundation_model\.|linear_proj\.")
-    attention = {"encoder_attention": f"encoder.levels.{top}.attn.0.q.weight" in state,
-                 "decoder_attention": "decoder.levels.0.attn.0.q.weight" in state}
-    # 0.2325 is MAR's measurement on its own file, known by its decoder without attention; None: not measured.
-    scale = KLConfig.scale if not attention["decoder_attention"] else None
-    return KLConfig(**autoencoder_sizes(state), **attention, scale=scale), state
+def convert_kl(path, content, state):
+    lowest = count(state, "encoder.levels.") - 1
+
+    def reverse(key):  # their decoder numbers its levels from the highest resolution, ours from the lowest
+        if not key.startswith("decoder.levels."):
+            return key
+        level, rest = key.removeprefix("decoder.levels.").split(".", 1)
+        return f"decoder.levels.{lowest - int(level)}.{rest}"
+
+    state = {reverse(key): value for key, value in state.items()}
+    config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
+                      decoder_attention="decoder.levels.0.attn.0.q.weight" in state)
+    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state
 
 
-def load_prior(path, content, ema):
-    state = unpack(path, content, ("model", "module", "state_dict"))
-    need(path, "prior", state, "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "output.weight")
-    args, freqs = content.get("args"), state.get("freqs_cis")
-    state = rename(path, state, [
-        (r"cls_embedding\.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"),
-        (r"layers\.(\d+)\.(?:attention|feed_forward)\.(wqkv|wo|w1|w2|w3)", r"blocks.\1.\2"),
-        (r"layers\.(\d+)\.(attention_norm|ffn_norm)", r"blocks.\1.\2"), ("(norm|output)", r"\1")], drop="freqs_cis")
-    vocab, dim = state["code_embedding.weight"].shape
-    layers = count(state, r"blocks\.(\d+)")
+def convert_prior(path, content, state):
+    (vocab, dim), layers = state["code_embedding.weight"].shape, count(state, "blocks.")
     if dim == 3200:
         raise UserError(f"{path} is LlamaGen's 3B, which is not supported; take B, L, XL or XXL.")
-    if freqs is not None:
-        grid = round((len(freqs) - 1) ** 0.5)
+    args, table = content.get("args"), official_state(content).get("freqs_cis")
+    if table is not None:
+        grid = round((len(table) - 1) ** 0.5)  # a row for each position and one for the class
     elif hasattr(args, "image_size"):
         grid = args.image_size // getattr(args, "downsample_size", 16)
-    else:  # no tensor tells; B and L are 16x16 at 256 pixels, XL and XXL 24x24
+    else:  # no tensor tells; B and L are 16x16 at 256 pixels, XL and XXL 24x24 at 384
         grid = 24 if layers in (36, 48) else 16
-        print0(f"note: {path} does not say its grid; taken for {grid}x{grid}")
-    heads = max(1, dim // 64)  # 64 channels a head, in all of LlamaGen's sizes but 3B
+        print0(f"note: {path} does not say its grid; it is taken for {grid}x{grid}")
+    heads = max(1, dim // 64)  # 64 channels per head, in all of LlamaGen's sizes but 3B
     return PriorConfig(dim, layers, heads, vocab, grid, len(state["class_embedding.weight"]) - 1), state
 
 
-def load_generator(path, content, ema):
-    state = unpack(path, content, ("model_ema", "model") if ema else ("model", "model_ema"))
-    need(path, "generator", state, "class_emb.weight", "z_proj.weight", "diffloss.net.cond_embed.weight", "mask_token",
-         "encoder_pos_embed_learned", "diffusion_pos_embed_learned")
-    state = rename(path, state, [
-        ("class_emb", "class_embedding"), ("fake_latent", "fake_class"), ("mask_token", "mask_token"),
-        (f"{SIDE}_pos_embed_learned", r"\1_positions"), ("diffusion_pos_embed_learned", "output_positions"),
-        ("z_proj", "latent_in"), ("z_proj_ln", "encoder_in_norm"), ("decoder_embed", "decoder_in"),
-        (f"{SIDE}_norm", r"\1_norm"),
-        (SIDE + r"_blocks\.(\d+)\.(norm[12])", r"\1_blocks.\2.\3"),
-        (SIDE + r"_blocks\.(\d+)\.(?:attn|mlp)\.(qkv|proj|fc1|fc2)", r"\1_blocks.\2.\3"),
-        (r"diffloss\.net\.time_embed\.mlp\.([02])", r"head.net.time.\1"),
-        (r"diffloss\.net\.cond_embed", "head.net.cond"), (r"diffloss\.net\.input_proj", "head.net.input"),
-        (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln", r"head.net.blocks.\1.norm"),
-        (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.([02])", r"head.net.blocks.\1.mlp.\2"),
-        (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1", r"head.net.blocks.\1.modulation"),
-        (r"diffloss\.net\.final_layer\.linear", "head.net.output"),
-        (r"diffloss\.net\.final_layer\.adaLN_modulation\.1", "head.net.output_modulation")])
+def convert_generator(path, content, state):
+    """MAR itself: our generator with the fusion `none`."""
     classes, dim = state["class_embedding.weight"].shape
     L = state["output_positions"].shape[1]
     return GeneratorConfig(
-        fusion="none", dim=dim, depth=count(state, r"encoder_blocks\.(\d+)"),
+        fusion="none", dim=dim, depth=count(state, "encoder_blocks."),
         heads={768: 12, 1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),  # no tensor tells; these are MAR's
         prefix=state["encoder_positions"].shape[1] - L, grid=round(L**0.5),
-        token_dim=state["latent_in.weight"].shape[1],
-        classes=classes, head_depth=count(state, r"head\.net\.blocks\.(\d+)"),
+        token_dim=state["latent_in.weight"].shape[1], classes=classes, head_depth=count(state, "head.net.blocks."),
         head_width=len(state["head.net.cond.weight"])), state
 
 
-LAYOUTS = {"vq": load_vq, "kl": load_kl, "prior": load_prior, "generator": load_generator}
+OFFICIAL = {  # kind: a tensor that no other kind has, the names, convert(path, content, renamed state) -> config, state
+    "vq": ("quantize.embedding.weight", VQ_NAMES, convert_vq),
+    "kl": ("encoder.down.0.block.0.conv1.weight", KL_NAMES, convert_kl),
+    "prior": ("cls_embedding.embedding_table.weight", PRIOR_NAMES, convert_prior),
+    "generator": ("diffloss.net.cond_embed.weight", GENERATOR_NAMES, convert_generator)}
+
+
+def author(kind: str, config) -> str:
+    """Who published an official file of this kind and config."""
+    if kind != "kl":
+        return "MAR" if kind == "generator" else "LlamaGen"
+    if not config.decoder_attention:  # the levels of MAR's decoder have none; both others have it there
+        return "MAR"
+    return "VA-VAE" if config.z_channels == 32 else "CompVis"
 
 
 # ------------------------------------------------------------------------------------------------------- as a script
 
-def main():
-    parser = argparse.ArgumentParser(description="Copies the weight files that sampling needs in half precision.")
-    parser.add_argument("source"), parser.add_argument("target")
-    args = parser.parse_args()
-    if os.path.realpath(args.source) == os.path.realpath(args.target):
+SUMMARIES = {  # kind: what it is; its sizes; what must fit other files and the data
+    "vq": ("VQ tokenizer", "ch ch_mult z_channels codebook_dim", "stride codebook_size"),
+    "kl": ("KL tokenizer", "ch ch_mult", "stride z_channels scale"),
+    "prior": ("prior", "dim layers heads", "grid pixels vocab classes"),
+    "generator": ("generator", "fusion dim depth heads head_depth head_width", "grid pixels token_dim vocab classes")}
+
+
+def describe(path: str) -> str:
+    """Three lines: whose file it is and what is in it; its sizes; what it fits, and its name in a run directory."""
+    content = read(path)
+    own, weights = "format" in content, official_weights(content)
+    kind = kind_of(path, content, official_state(content))
+    if kind not in CONFIGS:
+        raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
+    config, state = load(path, kind)
+    whose = "this repository's" if own else f"{author(kind, config)}'s"
+    average = "EMA" if own and "step" in content or weights in EMA else "as saved" if own else "no EMA in the file"
+    values = asdict(config)
+    if kind in ("vq", "kl"):
+        values["stride"] = config.unshuffle * 2 ** (len(config.ch_mult) - 1)
+    else:
+        values["pixels"] = None if own else 16 * config.grid  # the official tokenizers have a stride of 16
+    if kind == "kl" and config.scale is None:
+        values["scale"] = "not known, data.py measures it"
+    if kind == "generator" and not FUSIONS[config.fusion].reads_codes:
+        values["vocab"] = None
+    listed = lambda names: ", ".join(f"{n} {values[n]}" for n in names.split() if values[n] is not None)
+    noun, sizes, fits = SUMMARIES[kind]
+    return (f"{path}: {whose} {noun}, {sum(v.numel() for v in state.values()):,} parameters, {average}\n"
+            f"sizes: {listed(sizes)}\nfits: {listed(fits)}; put it into a run directory as {kind}.pt")
+
+
+def copy_in_half_precision(source: str, target: str):
+    """Copies the weights that sampling needs from one run directory to another, in fp16."""
+    if os.path.realpath(source) == os.path.realpath(target):
         raise UserError("source and target are the same folder; its files would lose half of their precision.")
-    fusion = load(os.path.join(args.source, "generator.pt"), "generator")[0].fusion
+    fusion = load(os.path.join(source, "generator.pt"), "generator")[0].fusion
     kinds = tuple(CONFIGS) if FUSIONS[fusion].reads_codes else ("kl", "generator")
     for kind in kinds:
-        path = os.path.join(args.source, f"{kind}.pt")
+        path, copy = (os.path.join(folder, f"{kind}.pt") for folder in (source, target))
         content = read(path)
         if "format" not in content:
             raise UserError(f"{path} is an official file; copy it as it is.")
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
         content.pop("checksum")
-        if "tokenizers" in content:  # whose weights have just been rounded
-            rounded = {k: load(os.path.join(args.target, f"{k}.pt"), k)[1] for k in ("vq", "kl") if k in kinds}
-            content["tokenizers"] = {k: checksum(state) for k, state in rounded.items()}
-        write(os.path.join(args.target, f"{kind}.pt"), content)
-        print(f"{args.target}/{kind}.pt  {os.path.getsize(os.path.join(args.target, f'{kind}.pt')) / 1e6:.1f} MB")
+        if "tokenizers" in content:  # their weights have just been rounded
+            content["tokenizers"] = {k: checksum(load(os.path.join(target, f"{k}.pt"), k)[1])
+                                     for k in ("vq", "kl") if k in kinds}
+        write(copy, content)
+        print(f"{copy}  {os.path.getsize(copy) / 1e6:.1f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="FILE|RUN", help="a file of weights to describe, or a run to copy")
+    parser.add_argument("target", nargs="?", help="the copy of the run, in half precision")
+    args = parser.parse_args()
+    if args.target is not None:
+        copy_in_half_precision(args.source, args.target)
+    elif os.path.isdir(args.source):
+        raise UserError(f"{args.source} is a folder; give a file in it, or a second folder to copy the run to.")
+    else:
+        print(describe(args.source))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,30 @@
-"""Data: an image folder, its token cache, and built-in toy pictures.
+"""Data: folders of images, their cache of tokens, and the built-in toy pictures.
 
-    python data.py --images DIR --run RUN --out CACHE     tokenise an image folder with the tokenizers of RUN
-    python data.py --toy 4000 --out DIR                   write toy pictures as an image folder, 10 classes of 64x64
-    torchrun --nproc_per_node=8 -- data.py --images ...   the same over 8 GPUs; run again after a stop, it goes on
-    torchrun --nnodes=4 --nproc_per_node=8 ... -- data.py --images ...          over four nodes that share a disk
+    python data.py --images DIR --run RUN --out CACHE     encode an image folder with RUN/vq.pt and RUN/kl.pt
+    torchrun --nproc_per_node=8 -- data.py --images ...   the same on 8 GPUs; several nodes need a disk that all see
+    python data.py --toy 4000 --out DIR                   write 4,000 toy pictures: 10 classes, 64x64 pixels
 
-An image folder has one folder a class. `classes.tsv` beside them (columns folder, id, name) gives external ids and
-names; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet's folders is the usual index.
+An image folder has one folder per class. A file `classes.tsv` in it (columns folder, id, name) gives each class its
+external id and name; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet is the usual index.
 
-A cache is a folder of memory-mapped arrays over N images, each in two views (as it is, mirrored); codes and moments
-of one entry always come from the same view. The arrays are cut into parts of 65,536 images, here part 000, each of
-which one node writes: two nodes that write the same page of a shared file may undo each other's work.
+The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
+crop. Training therefore runs no encoder. A cache is a folder with
 
-    codes-000.npy    [n, 2, L]        uint16   labels-000.npy [n] int32, -1 where the image could not be read
-    moments-000.npy  [n, 2, 2C, h, w] float16  sums-000.npy   [n, 2] uint32, CRC-32 of an entry's codes and moments
-    done-000.npy     [n/64] uint8, 1 for each chunk of 64 images that is all there, by which a stopped command goes on
-    header.json      what it was made from and with, and which images could not be read
+    part-000.npy, part-001.npy, ...   arrays [n, V] of entries; an entry is one view of one image, see `entry_type`
+    header.json                       what the cache was made from and with, and which images could not be read
 
-Every read checks the sum of its entry. Caches of format 1 are one part, without numbers in the names and without sums.
+One process makes a part. After a stop the same command makes the parts that are missing.
 
-Stage 0 of train.py reads `Folder`, stages 1 and 2 read `Cache`; both say which images step k of a run sees, from the
-seed alone.
+train.py reads `Folder` in stage 0 and `Cache` in stages 1 and 2. `Order` decides for both which images step k of a run
+sees. sample.py and fid.py call `read_image`.
 """
 import argparse
-import errno
 import hashlib
 import json
 import os
-import re
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import islice
-from math import pi
 
 import numpy as np
 import torch
@@ -45,11 +37,13 @@ from runtime import UserError, barrier, print0, setup, sweep, write_file
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 2**26  # of an image: 64 million; PIL's own limits only warn at first
-CHUNK = 64     # images tokenised and recorded as done together
-PART = 65_536  # images a part, a multiple of CHUNK
+MAX_PIXELS = 2**26  # per image: 64 million
+FORMAT = 3   # of a cache
+CHUNK = 64   # images that go through the tokenizers together
+PARTS = 512  # files of a cache at most; training keeps all of them open
+AGAIN = "remove {} and run the same data.py command again, which makes it again"
 
-Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_PIXELS, asked before anything is decoded
+Image.MAX_IMAGE_PIXELS = None  # PIL's limit first only warns; `open_image` refuses by MAX_PIXELS before it decodes
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -64,15 +58,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((x, y, x + size, y + size))
 
 
-def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
-    """-> uint8 [3, size, size], or None if the file is no readable image, or too large. Transparency falls on white.
+def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
+    """A square at a random place, its side 0.8 to 1 times the short side. Half of the crops are mirrored."""
+    side = round(min(image.size) * random.uniform(0.8, 1.0))
+    x, y = (int(random.integers(length - side + 1)) for length in image.size)
+    crop = center_crop(image.crop((x, y, x + side, y + side)), size)  # a square, so this only resizes
+    return ImageOps.mirror(crop) if random.random() < 0.5 else crop
 
-    size None leaves the picture as it is. upright: turned as a camera's note in it (EXIF) says; ADM's loader ignores
-    that, and so do training and measuring.
+
+def open_image(path: str, size: int | None = None, upright=False) -> Image.Image | None:
+    """The picture in RGB, its transparent parts white. None if the file is no readable image, or is too large.
+
+    size: of the crop that will follow. upright: turn the picture as the camera's EXIF note says. ADM's loader ignores
+    the note, and so do training and evaluation.
     """
     try:
         with Image.open(path) as image:
-            enlarged = max(1, size / min(image.size)) if size else 1  # a narrow strip grows before it is cut
+            enlarged = max(1, size / min(image.size)) if size else 1  # the crop enlarges a narrow strip before it cuts
             if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             if upright:
@@ -82,22 +84,46 @@ def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
+            return image.convert("RGB")
     except Exception:  # PIL raises almost anything on broken files
         return None
 
 
+def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
+    """-> uint8 [3, size, size], the centre crop; the whole picture if size is None. None as in `open_image`."""
+    image = open_image(path, size, upright)
+    if image is None:
+        return None
+    return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
+
+
+def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
+    """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
+
+    A random crop depends on the picture, the key and the number of the view only. data.py therefore makes the same
+    bytes after a stop and on every number of ranks.
+    """
+    image = open_image(path, size)
+    if image is None:
+        return None
+    center = center_crop(image, size)
+    crops = [center, ImageOps.mirror(center)][:views]
+    crops += [random_crop(image, size, np.random.default_rng((*key, v))) for v in range(2, views)]
+    return np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops])
+
+
 def refuse_many(bad: list, paths: list, then=""):
-    """Some unreadable images are left out; more than 1% are a mistake."""
+    """Raises if more than 1% of the images cannot be read: that is a mistake. Fewer are skipped."""
     if len(bad) > 0.01 * len(paths):
         raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {bad[0]}; "
                         f"repair or remove them{then}.")
 
 
-def to_float(images: np.ndarray) -> torch.Tensor:
-    """uint8 [...] -> float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+def to_float(images) -> torch.Tensor:
+    """uint8 [...], an array or a tensor -> float32 [...] in [-1, 1], on the tensor's device."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    return images.float() / 127.5 - 1
 
 
 def find_images(root: str):
@@ -129,24 +155,107 @@ def find_images(root: str):
     return paths, labels, list(classes.values())
 
 
-# ------------------------------------------------------------------------------------------- which images, and when
+# ---------------------------------------------------------------------------------------------- the files of a cache
+
+def entry_type(h: dict) -> np.dtype:
+    """One view of one image, in a cache with header h."""
+    g, C = h["grid"], h["channels"]
+    return np.dtype([("codes", np.uint16, (g * g,)),          # of the VQ tokenizer, in raster order
+                     ("moments", np.float16, (2 * C, g, g)),  # of the KL tokenizer: mean and log-variance
+                     ("label", np.int32),                     # the class; -1 where the image could not be read
+                     ("sum", np.uint32)])                     # CRC-32 of the bytes above; every read checks it
+
+
+def entry_sum(entry) -> int:
+    return zlib.crc32(entry.tobytes()[:-4])
+
+
+def part_files(path: str, h: dict) -> dict:
+    """file -> range of the images in it, for each part of a cache."""
+    starts = range(0, h["images"], h["part"])
+    return {os.path.join(path, f"part-{p:03d}.npy"): range(start, min(start + h["part"], h["images"]))
+            for p, start in enumerate(starts)}
+
+
+def open_part(file: str, numbers: range, h: dict) -> np.ndarray:
+    """-> the entries [n, V] of these n images, memory-mapped."""
+    try:
+        entries = np.load(file, mmap_mode="r")
+        if entries.dtype == entry_type(h) and entries.shape == (len(numbers), h["views"]):
+            return entries
+    except Exception as error:  # numpy may raise almost anything on a damaged file
+        if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
+            raise UserError(f"cannot open {file}: {error.strerror}.") from None
+    raise UserError(f"{file} is missing or damaged; {AGAIN.format(file)}.")
+
+
+def read_header(path: str) -> dict:
+    file = os.path.join(path, "header.json")
+    try:
+        with open(file) as f:
+            header = json.load(f)
+        changed = header["checksum"] != text_hash({k: v for k, v in header.items() if k != "checksum"})
+    except (FileNotFoundError, NotADirectoryError):
+        command = f"python data.py --images DIR --run RUN --out {path}"
+        raise UserError(f"{path} is not a token cache; make one: {command}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # JSON's errors are ValueErrors
+        raise UserError(f"{file} is damaged; remove {path} and make the cache again.") from None
+    if changed or header["format"] != FORMAT:
+        what = f"{file} was changed" if changed else f"{path} was made by another version of data.py"
+        raise UserError(f"{what}; remove {path} and make the cache again.")
+    return header
+
+
+def write_header(path: str, header: dict):
+    content = json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode()
+    write_file(os.path.join(path, "header.json"), lambda f: f.write(content))
+
+
+def text_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ what training reads
 
 class Order:
-    """Sample number -> (image, view). Every epoch is a new permutation, and each image shows one view at random."""
+    """Sample number, counted from the start of training -> (image, view).
 
-    def __init__(self, images: np.ndarray, seed: int):
-        self.images, self.seed = images, seed
-        self.epoch = lru_cache(2)(self.epoch)  # the thread that loads ahead may be in the next one
+    Every epoch is a new permutation of the images, and each image shows one view, drawn at random. With `labels`, one
+    per image, an epoch is balanced: it shows every class equally often, at the same number of images in total. A small
+    class then repeats its images, and a large class shows other images in the next epoch.
+    """
 
-    def epoch(self, number):
-        random = np.random.default_rng((self.seed, number))
-        return random.permutation(self.images), random.integers(2, size=len(self.images))
+    def __init__(self, images: np.ndarray, seed: int, views: int = 2, labels: np.ndarray | None = None):
+        self.classes = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
+        self.share = -(-len(images) // len(self.classes))  # images per class and epoch
+        self.seed, self.views = seed, views
+        self.kept = {}  # the last two epochs asked for: a thread that loads ahead may be in the next epoch already
+
+    def __len__(self):
+        return self.share * len(self.classes)
+
+    def draw(self, number: int):
+        """-> images and views of epoch `number`; they depend on nothing but the seed and this number."""
+        random, images = np.random.default_rng((self.seed, number)), []
+        for members in self.classes:
+            rounds = -(-self.share // len(members))
+            images.append(np.concatenate([random.permutation(members) for _ in range(rounds)])[:self.share])
+        images = images[0] if len(images) == 1 else random.permutation(np.concatenate(images))
+        return images, random.integers(self.views, size=len(images))
+
+    def epoch(self, number: int):
+        kept = self.kept  # read once, and replaced as a whole below: another thread may do the same
+        if number not in kept:
+            self.kept = kept = {**dict(list(kept.items())[-1:]), number: self.draw(number)}
+        return kept[number]
 
     def __call__(self, numbers):
-        """Sample numbers, counted from the start of training -> arrays of images and of views (0 or 1)."""
-        places = [divmod(n, len(self.images)) for n in numbers]
-        image, view = zip(*((self.epoch(e)[0][i], self.epoch(e)[1][i]) for e, i in places))
-        return np.array(image), np.array(view)
+        """n sample numbers -> arrays [n] of images and of views."""
+        places = [divmod(number, len(self)) for number in numbers]
+        images, views = zip(*((self.epoch(e)[0][i], self.epoch(e)[1][i]) for e, i in places))
+        return np.array(images), np.array(views)
 
 
 class Folder:
@@ -160,10 +269,10 @@ class Folder:
         self.identity = text_hash(self.paths)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.order)
 
     def _read(self, image, view):
-        """The image, or if it cannot be read the next one that can."""
+        """The centre crop of the image, mirrored in view 1; the next image takes the place of one without a picture."""
         while (pixels := read_image(os.path.join(self.root, self.paths[image]), self.size)) is None:
             if self.paths[image] not in self.unreadable:
                 self.unreadable[self.paths[image]] = None
@@ -177,25 +286,25 @@ class Folder:
 
 
 class Cache:
-    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2C, h, w] float16, classes [n] int64."""
+    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2C, h, w] float16, classes [n] int64.
 
-    def __init__(self, path: str, seed: int = 0):
+    balanced: draw every class equally often, see `Order`.
+    """
+
+    def __init__(self, path: str, seed: int = 0, balanced: bool = False):
         self.path, self.header = path, read_header(path)
         h = self.header
         if not h["complete"]:
-            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it goes on.")
-        self.classes, self.scale = h["classes"], h["scale"]
-        self.parts = [open_arrays(path, h, p, "r") for p in range(parts(h))]
-        labels = np.concatenate([a["labels"] for a in self.parts])
-        if h["format"] == 1:
-            print0(f"note: {path} was made by an earlier version of data.py and has no checksums")
-        elif h["labels"] != zlib.crc32(labels):
-            raise UserError(f"{path} was changed: its labels do not fit its header; {AGAIN}.")
-        readable = np.flatnonzero(labels >= 0)
-        self.order, self.size, self.identity = Order(readable, seed), len(readable), h["checksum"]
+            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it continues.")
+        self.classes, self.scale, self.identity = h["classes"], h["scale"], h["checksum"]
+        self.parts = [open_part(file, numbers, h) for file, numbers in part_files(path, h).items()]
+        labels = np.repeat(np.arange(len(h["counts"])), h["counts"])  # images are numbered class by class
+        readable = np.delete(np.arange(h["images"]), h["skipped"])
+        self.order = Order(readable, seed, h["views"], labels[readable] if balanced else None)
 
     def __len__(self):
-        return self.size
+        """Images per epoch."""
+        return len(self.order)
 
     def check_tokenizer(self, kind: str, model, path: str):
         """Refuses tokenizers other than those that made the cache."""
@@ -203,29 +312,30 @@ class Cache:
             raise UserError(f"the cache {self.path} was made with another {kind} tokenizer than {path}; "
                             f"make it again: python data.py --images DIR --run {os.path.dirname(path)} --out CACHE")
 
-    def batch(self, numbers):
-        codes, moments, labels = zip(*map(self.entry, *self.order(numbers)))
-        return (torch.from_numpy(np.stack(codes).astype(np.int64)), torch.from_numpy(np.stack(moments)),
-                torch.from_numpy(np.array(labels, np.int64)))
-
     def entry(self, image, view):
-        """Codes [L], moments [2C, h, w] and label of one image in one view."""
-        p, i = divmod(image, self.header.get("part", self.header["images"]))
-        a = self.parts[p]
-        codes, moments = a["codes"][i, view], a["moments"][i, view]
-        if "sums" in a and a["sums"][i, view] != entry_sum(codes, moments):
-            raise UserError(f"{self.path} is damaged: the checksum of image {image} does not fit; {AGAIN}.")
-        return codes, moments, a["labels"][i]
+        """One view of one image: an array of no dimensions with the fields of `entry_type`."""
+        p, i = divmod(image, self.header["part"])
+        entry = self.parts[p][i, view]
+        if entry["sum"] != entry_sum(entry):
+            file = list(part_files(self.path, self.header))[p]
+            raise UserError(f"{file} is damaged: the checksum of image {image} does not fit; {AGAIN.format(file)}.")
+        return entry
+
+    def batch(self, numbers):
+        entries = [self.entry(image, view) for image, view in zip(*self.order(numbers))]
+        stack = lambda field, dtype: torch.from_numpy(np.stack([e[field] for e in entries]).astype(dtype, copy=False))
+        return stack("codes", np.int64), stack("moments", np.float16), stack("label", np.int64)
 
 
 def ahead(load, steps):
-    """Yields load(step) for each step, the next one being loaded by a thread while the caller works on this one."""
+    """Yields load(step) for each step. A thread loads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
-        steps = iter(steps)
-        waiting = [thread.submit(load, s) for s in islice(steps, 2)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [thread.submit(load, s) for s in islice(steps, 1)]
+        waiting = []
+        for step in steps:
+            waiting.append(thread.submit(load, step))
+            if len(waiting) == 2:
+                yield waiting.pop(0).result()
+        yield from (last.result() for last in waiting)
 
 
 def batches(data, world, batch: int, micro: int, first: int, last: int):
@@ -246,245 +356,159 @@ def batches(data, world, batch: int, micro: int, first: int, last: int):
         yield rows, [x.to(world.device, non_blocking=cuda) for x in tensors]
 
 
-# ------------------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------- making a cache
 
-AGAIN = "remove it and make the cache again with data.py"
+def tokenise(images: str, run: str, out: str, world, size: int | None = None, views=2, seed=0, dry_run=False):
+    """Makes the cache `out` of an image folder with the tokenizers RUN/vq.pt and RUN/kl.pt, or continues to make it.
 
-
-def read_header(path: str) -> dict:
-    try:
-        with open(os.path.join(path, "header.json")) as f:
-            header = json.load(f)
-        body = {k: v for k, v in header.items() if k != "checksum"}
-        if header["checksum"] != text_hash(body):
-            raise UserError(f"{path}/header.json was changed; make the cache again with data.py.")
-        return header
-    except (FileNotFoundError, NotADirectoryError):
-        command = f"python data.py --images DIR --run RUN --out {path}"
-        raise UserError(f"{path} is not a token cache; make one: {command}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}/header.json is damaged; make the cache again with data.py.") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}/header.json: {error.strerror}.") from None
-
-
-def write_header(path: str, header: dict):
-    content = json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode()
-    write_file(os.path.join(path, "header.json"), lambda f: f.write(content))
-
-
-def text_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def entry_sum(codes, moments) -> int:
-    return zlib.crc32(moments, zlib.crc32(codes))
-
-
-def parts(h: dict) -> int:
-    """The number of parts of a cache."""
-    return -(-h["images"] // h.get("part", h["images"]))
-
-
-def layout(path: str, h: dict, p: int) -> dict:
-    """The arrays of part p: name -> (file, shape, type). `done` comes last and says that the part is all there."""
-    L, g, old = h["grid"] ** 2, h["grid"], h["format"] == 1
-    n = h["images"] if old else min(h["part"], h["images"] - p * h["part"])
-    arrays = {"codes": ((n, 2, L), np.uint16), "moments": ((n, 2, 2 * h["channels"], g, g), np.float16),
-              "labels": ((n,), np.int32), "sums": ((n, 2), np.uint32), "done": ((-(-n // CHUNK),), np.uint8)}
-    return {name: (os.path.join(path, f"{name}.npy" if old else f"{name}-{p:03d}.npy"), shape, dtype)
-            for name, (shape, dtype) in arrays.items() if not (old and name == "sums")}
-
-
-def open_arrays(path: str, h: dict, p: int, mode: str) -> dict:
-    """The arrays of part p. mode: r or r+."""
-    arrays = {}
-    for name, (file, shape, dtype) in layout(path, h, p).items():
-        try:
-            array = np.lib.format.open_memmap(file, "r")  # r+ would fill up a file cut short with zeros
-            if array.shape == shape and array.dtype == dtype and array.flags.c_contiguous:
-                arrays[name] = np.lib.format.open_memmap(file, mode)
-        except Exception as error:  # numpy reads the header of a damaged file as best it can
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                raise UserError(f"cannot open {file}: {error.strerror}.") from None
-            raise UserError(f"{file} is missing or damaged; remove {path} and make the cache again.") from None
-        if name not in arrays:
-            raise UserError(f"{file} does not fit its header; remove {path} and make the cache again.")
-    return arrays
-
-
-def create(path: str, h: dict, p: int, labels: list):
-    """Allocates the arrays of part p for real: a page of a sparse file that finds the disk full kills the process."""
-    files = layout(path, h, p)
-    try:
-        for name, (file, shape, dtype) in files.items():
-            array = np.lib.format.open_memmap(file, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                with open(file, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
-            if name == "labels":
-                array[:] = labels[p * h["part"]:][:len(array)]
-                array.flush()
-    except OSError as error:
-        for written, *_ in files.values():
-            if os.path.exists(written):
-                os.unlink(written)
-        raise UserError(f"cannot write {file}: {error.strerror}; free some space or choose another --out.") from None
-
-
-def tokenise(images: str, run: str, out: str, world, size: int | None = None, dry_run=False):
-    """Writes the cache `out` of the image folder with RUN/vq.pt and RUN/kl.pt.
-
-    Node k of n takes every n-th part, from the k-th on, and its ranks the chunks of these in turn.
+    size: side of a crop in pixels. seed: of the random crops. Every rank of `world` calls this.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # of this node
-    (node, rank), nodes = divmod(world.rank, ranks), world.size // ranks
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
+    size = size if size is not None else kl.about.get("image_size", 256)
     if vq.config.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    size = size if size is not None else kl.about.get("image_size", 256)
-    if size < 1 or size % vq.stride or size % kl.stride or vq.stride != kl.stride:
+    if size < 1 or size % (kl.stride * kl.config.patch) or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
-    header = {"format": 2, "images": len(paths), "part": PART, "grid": size // kl.stride,
-              "channels": kl.config.z_channels, "size": size, "codebook": vq.config.codebook_size, "classes": classes,
-              "files": text_hash(paths), "vq": checkpoints.checksum(vq.state_dict()),
-              "kl": checkpoints.checksum(kl.state_dict())}
-    print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, two views of "
-           f"{header['grid'] ** 2} tokens each")
+    h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
+         "seed": seed, "size": size, "grid": size // kl.stride, "channels": kl.config.z_channels,
+         "codebook": vq.config.codebook_size, "classes": classes,
+         "counts": np.bincount(labels, minlength=len(classes)).tolist(),  # images per class
+         "files": text_hash(paths),
+         "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
+    print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, {views} views of "
+           f"{h['grid'] ** 2} tokens each")
     if dry_run:
         return
     if world.rank == 0:
-        begin(out, header)
+        begin(out, h)
     barrier()
-    mine = range(node, parts(header), nodes)
-    if rank == 0 and not read_header(out)["complete"]:
-        for p in mine:
-            if not os.path.exists(layout(out, header, p)["done"][0]):
-                create(out, header, p, labels)
-    barrier()
-
-    arrays = {p: open_arrays(out, header, p, "r+") for p in mine}
-    # (part, chunk) of each chunk of 64 images that is this rank's and not done
-    chunks = [(p, c) for p in mine for c in range(rank, len(arrays[p]["done"]), ranks) if not arrays[p]["done"][c]]
-    threads = ThreadPoolExecutor(4)
-    read = lambda path: read_image(os.path.join(images, path), size)
-    place = lambda p, c: slice(p * PART + c * CHUNK, p * PART + (c + 1) * CHUNK)  # of all images
-    load = lambda chunk: list(threads.map(read, paths[place(*chunk)]))
-    bad, look = [], dict(unit=" images", desc="tokenise", disable=world.rank > 0)
-    with tqdm(total=len(chunks) * CHUNK, **look) as bar:
-        for (p, c), pixels in zip(chunks, ahead(load, chunks)):
-            names, a = paths[place(p, c)], arrays[p]
-            bad += [name for name, x in zip(names, pixels) if x is None]
-            refuse_many(bad, paths, f", then remove {out} and run again")
-            good = np.array([i for i, x in enumerate(pixels) if x is not None], dtype=int)
-            rows = c * CHUNK + good
-            known = zip(labels[place(p, c)], pixels)
-            a["labels"][c * CHUNK:][:len(pixels)] = [label if x is not None else -1 for label, x in known]
-            if len(good):
-                x = to_float(np.stack([pixels[i] for i in good])).to(world.device)
-                for view, y in enumerate((x, x.flip(-1))):
-                    a["codes"][rows, view] = vq.encode(y).cpu().numpy().astype(np.uint16)
-                    a["moments"][rows, view] = kl.encode(y).cpu().numpy().astype(np.float16)
-                    for i in rows:
-                        a["sums"][i, view] = entry_sum(a["codes"][i, view], a["moments"][i, view])
-            for name in ("codes", "moments", "labels", "sums"):
-                a[name].flush()
-            a["done"][c] = 1  # after its data is on disk, so that a kill loses at most this chunk
-            a["done"].flush()
-            bar.update(len(pixels))
+    read = lambda i: read_views(os.path.join(images, paths[i]), size, views, seed, i)
+    write_parts(out, h, world, paths, labels, read, vq, kl)
     barrier()
     if world.rank == 0:
-        finish(out, header, paths, kl.config.scale)
+        finish(out, h, paths, kl.config.scale)
     barrier()
 
 
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another --out.") from None
-
-
-def begin(out, header):
-    """Writes a first header, or checks that the one already there belongs to the same images and tokenizers."""
+def begin(out, h):
+    """Writes a first header, or checks that the present one belongs to the same images, tokenizers and settings."""
+    missing = {file: numbers for file, numbers in part_files(out, h).items() if not os.path.exists(file)}
     if os.path.exists(os.path.join(out, "header.json")):
         sweep(out)
         there = read_header(out)
-        if any(there.get(k) != v for k, v in header.items()):
-            raise UserError(f"{out} holds a cache of other images or tokenizers, or of an earlier version; choose "
-                            "another --out or remove it.")
+        if any(there.get(k) != v for k, v in h.items()):
+            raise UserError(f"{out} holds a cache of other images or tokenizers, or with another --size, --views or "
+                            "--seed; choose another --out or remove it.")
+    elif len(missing) < len(part_files(out, h)):
+        raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
-        make_folder(out)
-        write_header(out, {**header, "complete": False})
+        write_header(out, {**h, "complete": False})
+    need = sum(map(len, missing.values())) * h["views"] * entry_type(h).itemsize  # bytes
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(f"cannot write {out}: it needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB; "
+                        "free some space or choose another --out.")
 
 
-def finish(out, header, paths, file_scale):
-    """Checks every sum, measures the scale of the latents, 1 / std over all images and views; completes the header."""
-    labels, moments, damaged = [], [], 0
-    for p in range(parts(header)):
-        a = open_arrays(out, header, p, "r+")
-        labels.append(a["labels"])
-        for c in range(len(a["done"])):
-            rows = c * CHUNK + np.flatnonzero(a["labels"][c * CHUNK:(c + 1) * CHUNK] >= 0)
-            sums = [[entry_sum(a["codes"][i, v], a["moments"][i, v]) for v in (0, 1)] for i in rows]
-            if not a["done"][c] or not np.array_equal(a["sums"][rows], np.reshape(sums, (-1, 2))):
-                a["done"][c], damaged = 0, damaged + 1
-            moments.append((a["moments"], rows))
-    if damaged:
-        raise UserError(f"{damaged} chunks of {out} are not on disk as they were written; run the same command again.")
-    labels = np.concatenate(labels)
-    bad = [paths[i] for i in np.flatnonzero(labels < 0)]
-    refuse_many(bad, paths, f", then remove {out} and run again")
-    scale = latent_scale(torch.from_numpy(m[rows]).flatten(0, 1) for m, rows in moments)
+def write_parts(out, h, world, paths, labels, read, vq, kl):
+    """Makes this rank's share of the missing parts. read(image number) -> its views, as `read_views`.
+
+    A file appears when its part is whole, so a kill loses at most one part per rank.
+    """
+    mine = list(part_files(out, h).items())[world.rank::world.size]
+    mine = [(file, numbers) for file, numbers in mine if not os.path.exists(file)]
+    chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
+    threads, bad = ThreadPoolExecutor(4), []
+    loaded = zip(chunks, ahead(lambda chunk: list(threads.map(read, chunk)), chunks))
+    with tqdm(total=sum(map(len, chunks)), unit=" images", desc="tokenise", disable=world.rank > 0) as bar:
+        for file, numbers in mine:
+            entries = []
+            while sum(map(len, entries)) < len(numbers):
+                chunk, pixels = next(loaded)
+                bad += [paths[i] for i, x in zip(chunk, pixels) if x is None]
+                refuse_many(bad, paths, f", then remove {out} and run again")
+                entries.append(encode(pixels, labels[chunk.start:chunk.stop], h, vq, kl, world.device))
+                bar.update(len(chunk))
+            write_file(file, lambda f: np.save(f, np.concatenate(entries)))
+
+
+def encode(pixels: list, labels: list, h: dict, vq, kl, device) -> np.ndarray:
+    """pixels: n times uint8 [V, 3, size, size], or None where the image could not be read -> entries [n, V]."""
+    entries = np.zeros((len(pixels), h["views"]), entry_type(h))
+    black = np.zeros((h["views"], 3, h["size"], h["size"]), np.uint8)
+    images = torch.from_numpy(np.stack([black if x is None else x for x in pixels])).to(device)
+    for v in range(h["views"]):
+        view = to_float(images[:, v])                                                # [n, 3, size, size]
+        entries["codes"][:, v] = vq.encode(view).cpu().numpy()
+        entries["moments"][:, v] = kl.encode(view).cpu().numpy()
+        entries["label"][:, v] = [-1 if x is None else label for x, label in zip(pixels, labels)]
+    for place in np.ndindex(entries.shape):
+        entries["sum"][place] = entry_sum(entries[place])
+    return entries
+
+
+def finish(out, h, paths, file_scale):
+    """Checks all checksums, measures the scale of the latents over all images and views, completes the header."""
+    skipped = []
+    scale = latent_scale(checked_moments(out, h, skipped))
     if not np.isfinite(scale):
         raise UserError(f"{out} holds latents that are not finite; kl.pt is damaged or was trained badly.")
-    write_header(out, {**header, "complete": True, "scale": scale, "unreadable": bad, "labels": zlib.crc32(labels)})
-    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(header['classes'])} classes, "
+    bad = [paths[i] for i in skipped]
+    refuse_many(bad, paths, f", then remove {out} and run again")
+    write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
+    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(h['classes'])} classes, "
            f"latent scale {scale:.4f}")
     if file_scale and abs(scale / file_scale - 1) > 0.05:
         print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
 
 
-# -------------------------------------------------------------------------------------------------------- toy images
+def checked_moments(out, h, skipped: list):
+    """Yields the moments [n*V, 2C, h, w] of each chunk; appends the numbers of unreadable images to `skipped`."""
+    for file, numbers in part_files(out, h).items():
+        part = open_part(file, numbers, h)
+        for i in range(0, len(part), CHUNK):
+            entries = np.array(part[i:i + CHUNK])
+            if any(entry["sum"] != entry_sum(entry) for entry in entries.flat):
+                raise UserError(f"{file} is damaged: its checksums do not fit; {AGAIN.format(file)}.")
+            readable = entries["label"][:, 0] >= 0
+            skipped += [numbers[i + k] for k in np.flatnonzero(~readable)]
+            yield torch.from_numpy(entries["moments"][readable]).flatten(0, 1)
 
-SHAPES = ("disc", "square", "triangle", "ring", "cross")
+
+# --------------------------------------------------------------------------------- toy pictures and the command line
+
+SHAPES = {  # name -> how to draw it with colour c, centre (x, y) and "radius" r
+    "disc":     lambda draw, x, y, r, c: draw.ellipse([x - r, y - r, x + r, y + r], fill=c),
+    "square":   lambda draw, x, y, r, c: draw.rectangle([x - r, y - r, x + r, y + r], fill=c),
+    "triangle": lambda draw, x, y, r, c: draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=c),
+    "ring":     lambda draw, x, y, r, c: draw.ellipse([x - r, y - r, x + r, y + r], outline=c, width=int(r * 0.4)),
+    "cross":    lambda draw, x, y, r, c: (draw.rectangle([x - r, y - r / 3, x + r, y + r / 3], fill=c),
+                                          draw.rectangle([x - r / 3, y - r, x + r / 3, y + r], fill=c))}
 
 
 def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Image.Image:
     """One of 10 classes: five shapes, warm on a smooth background (0 to 4) or cold on a striped one (5 to 9)."""
-    warm, shape = label < 5, SHAPES[label % 5]
+    warm = label < 5
     y, x = np.mgrid[:size, :size] / size
-    angle, phase = random.uniform(0, pi), random.uniform(0, 2 * pi)
+    angle, phase = random.uniform(0, np.pi), random.uniform(0, 2 * np.pi)
     wave = np.cos(angle) * x + np.sin(angle) * y
-    wave = wave if warm else 0.5 + 0.3 * np.sin(2 * pi * 6 * wave + phase)
+    wave = wave if warm else 0.5 + 0.3 * np.sin(2 * np.pi * 6 * wave + phase)
     dark, light = random.uniform(20, 90, 3), random.uniform(110, 200, 3)
     ground = dark + (light - dark) * wave.clip(0, 1)[..., None]
-    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))
+    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))  # drawn large: soft edges in the end
     color = (np.array([235, 120, 40]) if warm else np.array([60, 140, 240])) + random.integers(-20, 20, 3)
     color, r = tuple(int(v) for v in color.clip(0, 255)), random.uniform(0.2, 0.34) * 4 * size
     cx, cy = random.uniform(0.38, 0.62, 2) * 4 * size
-    draw = ImageDraw.Draw(image)
-    box = [cx - r, cy - r, cx + r, cy + r]
-    if shape == "disc":
-        draw.ellipse(box, fill=color)
-    elif shape == "ring":
-        draw.ellipse(box, outline=color, width=int(r * 0.4))
-    elif shape == "square":
-        draw.rectangle(box, fill=color)
-    elif shape == "triangle":
-        draw.polygon([(cx, cy - r), (cx - r, cy + r), (cx + r, cy + r)], fill=color)
-    else:
-        draw.rectangle([cx - r, cy - r / 3, cx + r, cy + r / 3], fill=color)
-        draw.rectangle([cx - r / 3, cy - r, cx + r / 3, cy + r], fill=color)
+    list(SHAPES.values())[label % 5](ImageDraw.Draw(image), cx, cy, r, color)
     return image.resize((size, size), Image.BOX)
 
 
 def write_toy(count: int, out: str, seed: int = 0):
     """Writes `count` toy pictures as an image folder; picture i is the same whatever the count."""
-    names = [f"{'warm' if k < 5 else 'cold'} {SHAPES[k % 5]}" for k in range(10)]
+    names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
     for name in names:
-        make_folder(os.path.join(out, name.replace(" ", "_")))
+        os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
     with open(os.path.join(out, "classes.tsv"), "w") as f:
         f.write("folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names)))
     for i in tqdm(range(count), unit=" images", desc="toy"):
@@ -494,13 +518,16 @@ def write_toy(count: int, out: str, seed: int = 0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="image folder to tokenise")
-    parser.add_argument("--run", help="run directory whose vq.pt and kl.pt are used")
+    parser.add_argument("--images", help="image folder to encode")
+    parser.add_argument("--run", help="run directory with the tokenizers, vq.pt and kl.pt")
     parser.add_argument("--toy", type=int, metavar="N", help="write N toy pictures instead")
     parser.add_argument("--out", required=True, help="the cache, or the folder of toy pictures")
-    parser.add_argument("--size", type=int, help="crop in pixels (default: what kl.pt was trained at; 256 if official)")
+    parser.add_argument("--size", type=int, help="side of a crop in pixels (default: kl.pt's, or 256)")
+    parser.add_argument("--views", type=int, default=2, help="views of each image: centre crop, its mirror image, then "
+                        "random crops (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random crops (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be tokenised, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
     args = parser.parse_args()
     if args.toy is not None:
         if args.toy < 1:
@@ -513,7 +540,9 @@ def main():
             raise UserError(f"cannot write to {args.out}: {error.strerror}.") from None
     if not args.images or not args.run:
         raise UserError("give --images DIR and --run RUN to tokenise, or --toy N; see --help.")
-    tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.dry_run)
+    if args.views < 1 or args.seed < 0:
+        raise UserError("--views must be at least 1 and --seed at least 0.")
+    tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.views, args.seed, args.dry_run)
 
 
 if __name__ == "__main__":

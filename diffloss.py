@@ -1,21 +1,26 @@
 """The diffusion head: a small MLP that draws one continuous token x, given the generator's vector z for this token.
 
-D2C (2503.17155) Eq. 2, MAR (2406.11838) section 3.2.
+D2C (2503.17155) Eq. 2, MAR (2406.11838) section 3.2. With x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise:
+
+    loss(x, z) = mean over C of (eps(x_t, t, z) - noise)^2 + one term of the variational bound, for random t and noise
 
     DiffusionHead(config)
-    .net(x_t [N, C], t [N], z [N, D])   -> [N, 2C]: predicted noise eps, then v, which sets the variance
+    .net(x_t [N, C], t [N], z [N, D])   -> [N, 2C]: the predicted noise eps, then v, which sets the variance of a step
     .loss(x [N, C], z [N, D])           -> [N], one value per row
-    .sample(z [N, D], z_null, cfg, ...) -> x [N, C]
+    .sample(z [N, D], z_null, cfg, ...) -> x [N, C]; z_null [N, D] is z of the null class, for guidance
 
-The N rows are tokens of any images; rows do not see each other. The process is improved DDPM (Nichol & Dhariwal,
-2102.09672, called IDDPM below): 1000 timesteps, cosine schedule, learned variance. generator.py calls `loss` in
-training and `sample` once per iteration. fast.py holds the same sampler in a faster form.
+N rows, which are tokens of any images and do not see each other; C channels of a token; D width of z. The process is
+improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timesteps, cosine schedule, learned variance.
+"Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
+tokens that it draws together. fast.py holds the same sampler in a faster form.
 
-Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (632 at 50), because abar(999) is
-2.4e-9. bf16 rounds a value near 1 by up to 0.4%, and 316 times 0.4% is 1.2: more than one standard deviation of the
-latents, so the step would draw noise. Therefore x, eps, the coefficients and the first and last layer stay in fp32,
-and autocast is off here. The layers in between may round their inputs to TF32 (0.05%): their outputs are sums of
-hundreds of products whose errors largely cancel, and they reach eps only through the last layer, which is exact.
+Precision. At 100 steps the first reverse step multiplies an error of eps by x_from_eps * mean_x0 = 316 (632 at 50
+steps), because abar[999] is only 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 that is 1.2, more than
+one standard deviation of the latents: the rounding would drown the picture. Therefore autocast is off in loss and
+sample, and what touches x and eps directly, the layers `input` and `output`, runs in fp32. The blocks between may
+round the inputs of their products to TF32 (0.05%): each result is a sum of hundreds of products whose errors largely
+cancel. Measured on the head of weights/tiny, with the roundings imitated on a CPU, 100 steps: TF32 in the blocks
+changes the samples by 0.5%, bf16 everywhere by 15%.
 """
 import math
 from contextlib import contextmanager
@@ -40,13 +45,13 @@ class HeadConfig:
 
 # --------------------------------------------------------------------------------------------------------- schedule
 
-def cosine_alpha_bar(s):
-    """abar(s) for s in [0, 1], IDDPM Eq. 17 without its normalisation."""
-    return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+def cosine(u):
+    """The curve that abar follows, at the fraction u of the process: IDDPM Eq. 17 without its normalisation."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def spaced_timesteps(steps, t_max=T - 1):
-    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. A single step keeps timestep 0, as in MAR's code."""
+    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. One step keeps timestep 0, as in MAR's code."""
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
     stride = t_max / max(steps - 1, 1)
@@ -58,26 +63,28 @@ def spaced_timesteps(steps, t_max=T - 1):
 
 
 class Schedule:
-    """Coefficients of the process over the given timesteps: lists of floats (float64), one entry per timestep."""
+    """Coefficients of the process over the given ascending timesteps: lists of floats (float64), one per timestep."""
 
     def __init__(self, timesteps=range(T)):
-        betas = [min(1 - cosine_alpha_bar((i + 1) / T) / cosine_alpha_bar(i / T), 0.999) for i in range(T)]
-        alpha_bar = list(accumulate((1 - b for b in betas), mul))
+        every_beta = [min(1 - cosine((t + 1) / T) / cosine(t / T), 0.999) for t in range(T)]
+        every_abar = list(accumulate((1 - b for b in every_beta), mul))
         self.timesteps = list(timesteps)
-        self.abar = [alpha_bar[t] for t in self.timesteps]
+        self.abar = [every_abar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]
-        self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # equals betas when every timestep is kept
-        # x_t = signal * x_0 + sigma * eps, DDPM Eq. 4; and back: x_0 = x_from_xt * x_t - x_from_eps * eps
+        self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # every_beta, if every timestep is kept
+        # x_t = signal * x_0 + sigma * eps, DDPM Eq. 4
         self.signal = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
+        # the same solved for x_0 = x_from_xt * x_t - x_from_eps * eps
         self.x_from_xt = [math.sqrt(1 / a) for a in self.abar]
         self.x_from_eps = [math.sqrt(1 / a - 1) for a in self.abar]
-        # mean of the posterior q(x_{t-1} | x_t, x_0) = mean_x0 * x_0 + mean_xt * x_t, and its log-variance, DDPM Eq. 7
+        # posterior q(x_{t-1} | x_t, x_0), DDPM Eq. 7: its mean is mean_x0 * x_0 + mean_xt * x_t; then its variance
         self.mean_x0 = [b * math.sqrt(p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
         self.mean_xt = [math.sqrt(1 - b) * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
         variance = [b * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
-        variance[0] = variance[1] if len(variance) > 1 else self.beta[0]  # it is 0 at t = 0, which has no logarithm
-        # the learned variance lies between these two, IDDPM Eq. 15
+        # At t = 0 the posterior variance is 0, which has no logarithm: IDDPM takes that of the next timestep.
+        variance[0] = variance[1] if len(variance) > 1 else self.beta[0]
+        # bounds of the learned log-variance, IDDPM Eq. 15
         self.min_logvar = [math.log(v) for v in variance]
         self.max_logvar = [math.log(b) for b in self.beta]
 
@@ -85,10 +92,10 @@ class Schedule:
 # -------------------------------------------------------------------------------------------------------------- net
 
 @contextmanager
-def tf32():
-    """Lets a GPU round the inputs of fp32 matrix products to 10 bits, for its tensor cores. No effect on a CPU."""
+def tf32(allowed=True):
+    """Whether a GPU may round the inputs of fp32 products to TF32, a mantissa of 10 bits, for its tensor cores."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
         yield
     finally:
@@ -100,7 +107,7 @@ class HeadBlock(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # with weights of its own, as in MAR
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 3 * width)
 
@@ -110,7 +117,7 @@ class HeadBlock(nn.Module):
 
 
 class HeadNet(nn.Module):
-    """Predicts noise and variance of x_t. The condition is y = time embedding + projected z."""
+    """Predicts the noise in x_t, and v, which sets the variance of x_{t-1}. Its condition is y = time + projected z."""
 
     def __init__(self, c: HeadConfig):
         super().__init__()
@@ -122,26 +129,30 @@ class HeadNet(nn.Module):
         self.output = nn.Linear(c.width, 2 * c.token_dim)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
-        nn.init.normal_(self.time[0].weight, std=0.02), nn.init.normal_(self.time[2].weight, std=0.02)
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in (self.time[0], self.time[2]):
+            nn.init.normal_(m.weight, std=0.02)
         for m in [b.modulation for b in self.blocks] + [self.output_modulation, self.output]:
-            nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)  # every block starts as the identity, the output as zero
+            nn.init.zeros_(m.weight)  # every block starts as the identity, the output as zero
 
     def embed_time(self, t):
-        """t [...], original timesteps -> [..., width]: cosines, then sines, at 10000^(-i/128); then two layers."""
+        """t [...], timesteps of the full process -> [..., width]: two layers on [cos, sin] of t * 10000^(-i/128)."""
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
         angles = t.float()[..., None] * freqs
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
     def forward(self, x_t, t, z):
-        """x_t [..., N, C], t [..., N] original timesteps 0 to 999, z [N, D] -> [..., N, 2C]."""
-        x, y = self.input(x_t), self.embed_time(t) + self.cond(z)               # each [..., N, width]
-        with tf32():
-            for block in self.blocks:
-                x = block(x, y)
-        shift, scale = self.output_modulation(F.silu(y)).chunk(2, dim=-1)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift       # without weights of its own, as in MAR
-        return self.output(x)
+        """x_t [..., N, C], t [..., N] timesteps 0 to 999 of the full process, z [N, D] -> [..., N, 2C]."""
+        with tf32(False):
+            x = self.input(x_t)                                                 # [..., N, width]
+            y = self.embed_time(t) + self.cond(z)                               # [..., N, width]
+            with tf32():
+                for block in self.blocks:
+                    x = block(x, y)
+            shift, scale = self.output_modulation(F.silu(y)).chunk(2, dim=-1)
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift   # this LayerNorm has no weights
+            return self.output(x)
 
 
 # ------------------------------------------------------------------------------------------------ loss and sampler
@@ -150,15 +161,16 @@ class DiffusionHead(nn.Module):
     def __init__(self, c: HeadConfig):
         super().__init__()
         self.config, self.net = c, HeadNet(c)
-        for name, values in vars(Schedule()).items():  # each [T]; buffers follow the module to its device
+        # self.signal, self.sigma, ..., self.max_logvar [T]: the Schedule as buffers, which move with the module
+        for name, values in vars(Schedule()).items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
     def loss(self, x, z, t=None, noise=None):
-        """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus the variational bound in bits, means over C.
+        """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
-        t [N] int64 and noise [N, C] are drawn when None. With t [M, N] and noise [M, N, C], M draws per row, the result
-        is [M, N]. IDDPM's hybrid loss weights the bound, a sum over 1000 steps, by 0.001: that is 1 for the single step
-        drawn here. The bound trains only the variance, because eps is detached in it.
+        t [N] int64 and noise [N, C] are drawn when None. Pass t [M, N] and noise [M, N, C] for M draws per row; the
+        result is then [M, N]. IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step
+        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps.
         """
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
@@ -167,11 +179,12 @@ class DiffusionHead(nn.Module):
             at = lambda coefficients: coefficients[t][..., None]                # [..., N, 1]
             x_t = at(self.signal) * x + at(self.sigma) * noise                  # DDPM Eq. 4
             eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [..., N, C]
-            low, logvar = at(self.min_logvar), self.log_variance(v, at(self.max_logvar), at(self.min_logvar))
+            low, high = at(self.min_logvar), at(self.max_logvar)
+            logvar = self.log_variance(v, low, high)
             x0 = at(self.x_from_xt) * x_t - at(self.x_from_eps) * eps.detach()
             mean = at(self.mean_x0) * x0 + at(self.mean_xt) * x_t
             true_mean = at(self.mean_x0) * x + at(self.mean_xt) * x_t
-            # KL from the posterior, N(true_mean, exp(low)), to the model, N(mean, exp(logvar))
+            # KL(posterior || model), of the Gaussians N(true_mean, exp(low)) and N(mean, exp(logvar))
             kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
             nll = -discretized_log_likelihood(x, mean, 0.5 * logvar)            # replaces the KL at t = 0
             bound = torch.where(t[..., None] == 0, nll, kl).mean(-1) / math.log(2)
@@ -181,35 +194,39 @@ class DiffusionHead(nn.Module):
     def sample(self, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1):
         """z [N, D] -> x [N, C] by `steps` reverse steps (DDPM Algorithm 2 on IDDPM's respaced timesteps).
 
-        z_null [N, D] and cfg != 1: guidance, eps = null + cfg * (cond - null); the variance is the conditional
-        branch's. noise [steps+1, N, C]: x_T, then each step's noise from the noisiest on; the last is unused, because
-        no noise is added at t = 0. temperature multiplies the steps' noise, not x_T. t_max < 999 (not in the official
-        code) takes x_T for a sample at t_max: that skips the steps which amplify a briefly trained head's errors most.
+        cfg != 1 needs z_null [N, D]: eps = null + cfg * (cond - null), and the variance of the conditional branch.
+        noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
+        is never used, because no noise is added at t = 0; recorded noise of the official code has it. temperature
+        multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
+        t_max: it skips the noisiest steps, which amplify the errors of a head that was trained briefly.
         """
-        (N, _), C, s = z.shape, self.config.token_dim, Schedule(spaced_timesteps(steps, t_max))
-        guided = z_null is not None and cfg != 1
+        N, C = len(z), self.config.token_dim
+        s = Schedule(spaced_timesteps(steps, t_max))
+        guided = cfg != 1
+        if guided and z_null is None:
+            raise ValueError("guidance (cfg other than 1) needs z_null")
         if noise is None:
             noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([z, z_null]) if guided else z).float()               # [N or 2N, D]
             x = noise[0]
-            for k, i in enumerate(reversed(range(steps))):                      # from the noisiest step to the last
+            for k, i in enumerate(reversed(range(steps))):                      # i: index in s, the noisiest first
                 x_t = torch.cat([x, x]) if guided else x                        # both branches see the same x
                 t = torch.full((len(x_t),), s.timesteps[i], device=z.device)
                 eps, v = self.net(x_t, t, z).chunk(2, dim=-1)
                 if guided:
-                    eps, null = eps.chunk(2)
-                    eps = null + cfg * (eps - null)
-                x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps                 # not clipped: latents have no range
+                    cond, null = eps.chunk(2)
+                    eps = null + cfg * (cond - null)
+                x0 = s.x_from_xt[i] * x - s.x_from_eps[i] * eps                 # latents have no range to clip to
                 x = s.mean_x0[i] * x0 + s.mean_xt[i] * x
                 if i > 0:
-                    logvar = self.log_variance(v[:N], s.max_logvar[i], s.min_logvar[i])
+                    logvar = self.log_variance(v[:N], s.min_logvar[i], s.max_logvar[i])
                     x = x + (0.5 * logvar).exp() * noise[k + 1] * temperature
             return x
 
     @staticmethod
-    def log_variance(v, high, low):
-        """IDDPM Eq. 15: v = 1 gives `high`, v = -1 gives `low`. v is not clamped."""
+    def log_variance(v, low, high):
+        """IDDPM Eq. 15, with v in [-1, 1] as in its code: -1 gives `low`, 1 gives `high`. v is not clamped."""
         f = (v + 1) / 2
         return f * high + (1 - f) * low
 
@@ -220,9 +237,10 @@ def normal_cdf(x):
 
 
 def discretized_log_likelihood(x, mean, log_std):
-    """log P(x) of values on a grid of step 2/255 in [-1, 1] under a Gaussian, as in IDDPM; [N, C] -> [N, C], nats.
+    """log P of the bin of width 2/255 around x, under a Gaussian, as in IDDPM; all [..., C], in nats.
 
-    Latents are on no such grid, but the official loss applies this likelihood at t = 0 all the same.
+    The bins are those of 8-bit pixels in [-1, 1]; the outermost ones are open. Latents have no bins, but the official
+    loss applies this likelihood at t = 0 all the same.
     """
     inverse = (-log_std).exp()
     upper, lower = normal_cdf(inverse * (x - mean + 1 / 255)), normal_cdf(inverse * (x - mean - 1 / 255))

@@ -1,13 +1,15 @@
-"""The same, faster: exact rewrites of the loops of prior.py, diffloss.py and generator.py.
+"""The same functions, faster: rewrites of the loops of prior.py, diffloss.py and generator.py. Read those first.
 
-    fast.generate_codes(prior, classes, ...)             = prior.generate(classes, ...)
-    fast.sample_head(head, z, ...)                       = head.sample(z, ...)
-    fast.generate(generator, classes, codes, ...)        = generator.generate(classes, codes, ...)
-    fast.loss(generator, latents, classes, codes, draws) = generator.loss(latents, classes, codes, with these draws)
+    fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
+    fast.sample_head(head, z, ...)                   = head.sample(z, ...)
+    fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, draws.mask, draws.t,
+                                                                  draws.noise, draws.null)
 
-Equal up to rounding, which the tests assert for every fusion. sample.py and train.py call these functions; `sample.py
---plain` calls the plain ones. Read the plain ones first. Each heading below names one idea: why it is exact, and what
-it saves. Ratios are plain time over fast time, measured on two CPU cores with `python tools/bench.py`.
+The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (with
+dropout, only in distribution). The tests assert it for every fusion. train.py and sample.py call these functions;
+`sample.py --plain` calls the plain ones. Each section says what is rewritten, why it is exact and what it saves. The
+ratios, plain time over fast time, were measured on two CPU cores with `python tools/bench.py`; docs/speed.md has all.
 """
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,13 +23,14 @@ from prior import choose, rotate, uniform_numbers
 
 
 # ------------------------------------------------------------------------------------------- products of few rows
-# A step of the prior or of the head has one row for each image or token, two with guidance. For 3 to about 48 rows
-# the CPU's library (MKL) first copies the weight matrix W into another layout, which takes longer than the product.
-# It does not copy W for (W x^T)^T, nor, up to 8 rows, for W cut into 32 parts as a batch. The sums are the same
-# numbers in another order. 1.2 to 2 times as fast; the bounds were measured on one kind of CPU.
+# A step of the prior has one row per image, a step of the head one row per token; with guidance, two. For 3 to about
+# 48 rows the CPU's library (MKL) first copies the weights W into another layout, which takes longer than the product.
+# Two forms avoid the copy: (W x^T)^T; and, for at most 8 rows, where it is the faster one, a batch of 32 products with
+# the 32 parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2. The numbers in the condition
+# were measured on one kind of CPU; the copy of a W with fewer than 2^19 entries costs nothing.
 
 def linear(layer, x):
-    """layer(x) of a torch.nn.Linear, for few rows on a CPU in the faster order."""
+    """layer(x) of a torch.nn.Linear."""
     W, rows = layer.weight, x.shape[:-1].numel()
     if not (x.is_cpu and 3 <= rows <= 48 and W.numel() >= 2**19 and len(W) % 32 == 0):
         return layer(x)
@@ -42,13 +45,14 @@ def linear(layer, x):
 
 
 # ------------------------------------------------------------------------------------------------------- the prior
-# The plain cache grows by torch.cat: step i copies the keys and values of all i positions. Here memory for all
-# positions is taken once, a step writes its own row, and attention reads the filled part. Same keys, same values.
+# The plain cache grows by torch.cat: step i copies the keys and values of all i positions. Here the memory for all
+# positions is taken once, each step writes its own row, and attention reads the rows filled so far. Exact: the keys
+# and values are the same. Together with `linear` it saves a factor of PRIOR_RATIO (batch 4, guided).
 
 @torch.no_grad()
 def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, given=None,
                    watch=None):
-    """Prior.generate: same arguments, same codes."""
+    """Prior.generate: same arguments, same codes (where rounding does not decide between two codes)."""
     c, B, L, device = prior.config, len(classes), prior.config.grid**2, classes.device
     uniform, guided = uniform_numbers(B, L, generator, device), cfg != 1
     if guided:
@@ -58,7 +62,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
     for i in range(L):
         for n, block in enumerate(prior.blocks):
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)
-            qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # queries and keys turn together
+            qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # queries and keys in one call
             if i == 0:
                 caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])
             keys, values = caches[n]
@@ -78,12 +82,13 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 
 
 # --------------------------------------------------------------------------------------- the diffusion head's loop
-# The plain loop asks net(x, t, z) at every step, but most of the network does not see x. Embedding of all timesteps:
-# one table. Projection of z: once. The adaLN projections of SiLU(time + z) are three fifths of the arithmetic; every
-# (step, token) needs its own, because SiLU(a + b) does not split, but one product for several steps reads the weights
-# once. The loop that remains is the blocks' two layers. All coefficients are numbers on the host.
+# The plain loop computes net(x, t, z) at every step, but most of its arithmetic does not depend on x. All timesteps are
+# embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
+# SiLU(time + z). SiLU is not linear, so a projection does not split into a time part and a z part: each (step, token)
+# needs its own. But none depends on x, so one product computes the projections of several steps and reads the weights
+# once for all of them. Exact: the same sums, earlier. Saves a factor of HEAD_RATIO (4 guided rows, 100 steps).
 
-ROWS = 1024  # steps x tokens of one adaLN product, about: a row takes (3 * depth + 2) * width floats
+ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row takes (3 * depth + 2) * width floats
 
 
 @lru_cache
@@ -97,79 +102,80 @@ def modulations(net, y):
     with tf32():
         for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
             parts = layer(y).unflatten(-1, (-1, y.shape[-1])).unbind(-2)
-            parts[1].add_(1)  # where it lies
+            parts[1].add_(1)  # in place
             out.append(parts)
     return out
 
 
-def body(net, x, modulations, i):
-    """The rest of HeadNet.forward, with step i of the modulations. addcmul(a, b, c) is a + b * c."""
-    x = net.input(x)                                                                 # [N or 2N, width]
-    with tf32():
-        for block, (shift, scale, gate) in zip(net.blocks, modulations):
-            h = torch.addcmul(shift[i], block.norm(x), scale[i])
-            h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
-            x = torch.addcmul(x, gate[i], h)
-    shift, scale = modulations[-1]
-    return net.output(torch.addcmul(shift[i], F.layer_norm(x, x.shape[-1:], eps=1e-6), scale[i]))
+def body(net, x, several, j):
+    """The rest of HeadNet.forward, with row j of the modulations of several steps. addcmul(a, b, c) is a + b * c."""
+    with tf32(False):
+        x = net.input(x)                                                             # [N or 2N, width]
+        with tf32():
+            for block, (shift, scale, gate) in zip(net.blocks, several):
+                h = torch.addcmul(shift[j], block.norm(x), scale[j])
+                h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
+                x = torch.addcmul(x, gate[j], h)
+        shift, scale = several[-1]
+        return net.output(torch.addcmul(shift[j], F.layer_norm(x, x.shape[-1:], eps=1e-6), scale[j]))
 
 
 @torch.no_grad()
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
                 graphs=None):
-    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs, on CUDA."""
-    N, C, s = len(z), head.config.token_dim, respaced(steps, t_max)
-    guided = z_null is not None and cfg != 1
+    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA."""
+    N, C, s, guided = len(z), head.config.token_dim, respaced(steps, t_max), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
         times = head.net.embed_time(torch.tensor(s.timesteps, device=z.device))      # [S, width]
-        cfg = torch.tensor(float(cfg), device=z.device)  # a tensor: a CUDA graph reads it anew for each iteration
-        loop = lambda *tensors: reverse(head, s, temperature, *tensors)
+        cfg = torch.tensor(float(cfg), device=z.device)  # a tensor: one graph serves every guidance
+        loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)
         if graphs is None:
             return loop(z, times, noise, cfg)
-        return graphs((N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
+        return graphs((id(head), N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
 
 
 def reverse(head, s: Schedule, temperature, z, times, noise, cfg):
-    """The reverse steps. z [N, D], or [2N, D] with the null branch behind; times [S, width]; noise [S+1, N, C]."""
+    """The reverse steps. z [N, D], or [2N, D] with the null branch after it; times [S, width]; noise [S+1, N, C]."""
     net, N, C, S = head.net, noise.shape[1], noise.shape[2], len(times)
-    cond, together = net.cond(z), max(1, ROWS // len(z))                             # [N or 2N, width]; steps ahead
+    cond = net.cond(z)                                                               # [N or 2N, width]
+    count = max(1, ROWS // len(z))                                                   # steps per adaLN product
     x = noise[0]
     for k, i in enumerate(reversed(range(S))):
-        if k % together == 0:  # for the steps i, i - 1, ..., first
-            first = max(0, i + 1 - together)
-            ahead = modulations(net, times[first:i + 1, None] + cond)                # each [steps, N or 2N, width]
-        out = body(net, x.repeat(len(z) // N, 1), ahead, i - first)
+        if k % count == 0:  # the modulations of the steps i, i - 1, ..., first
+            first = max(0, i + 1 - count)
+            several = modulations(net, times[first:i + 1, None] + cond)              # each [steps, N or 2N, width]
+        out = body(net, x.repeat(len(z) // N, 1), several, i - first)
         eps, v = out[:N].chunk(2, dim=-1)
         if len(z) > N:
             null = out[N:, :C]
             eps = null + cfg * (eps - null)
         x = s.mean_x0[i] * (s.x_from_xt[i] * x - s.x_from_eps[i] * eps) + s.mean_xt[i] * x
         if i > 0:
-            logvar = head.log_variance(v, s.max_logvar[i], s.min_logvar[i])
+            logvar = head.log_variance(v, s.min_logvar[i], s.max_logvar[i])
             x = x + (0.5 * logvar).exp() * noise[k + 1] * temperature
     return x
 
 
 # ----------------------------------------------------------------------------------------------------- CUDA graphs
-# The step loop launches thousands of small kernels, and a launch takes longer than the kernel's work. A graph records
-# the launches once and replays them all with one call. Same kernels, same results.
+# The head's loop launches thousands of small kernels, and a launch takes longer than the kernel's work. A graph records
+# the launches once and replays them all with one call. Exact: the same kernels run. What it saves was never measured.
 
 class Graphs:
-    """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` is function(*inputs).
+    """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).
 
-    The key must hold everything that the function depends on besides the values of the inputs. A graph reads weights
-    at the addresses that it recorded: training in place is seen, a parameter moved to new memory is not.
+    The key must hold everything that the function depends on besides the values of its inputs. A graph reads weights
+    at the addresses that it recorded: it sees training in place, but not a parameter that moved to new memory.
     """
 
     def __init__(self):
         self.recorded = {}
 
     def record(self, function, inputs):
-        """-> a function that replays function(*inputs) on the memory of this call, and the output that it writes."""
-        if not self.recorded:
+        """Records function(*inputs) -> replay, out: replay() computes `out` anew from what `inputs` hold then."""
+        if not self.recorded:  # here and not in __init__, because it needs a GPU
             self.pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -183,50 +189,53 @@ class Graphs:
 
     def __call__(self, key, function, *inputs):
         if key not in self.recorded:
-            kept = [x.clone() for x in inputs]
-            self.recorded[key] = kept, *self.record(function, kept)
-        kept, replay, out = self.recorded[key]
-        for mine, given in zip(kept, inputs):
-            mine.copy_(given)
+            buffers = [x.clone() for x in inputs]
+            self.recorded[key] = buffers, *self.record(function, buffers)
+        buffers, replay, out = self.recorded[key]
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x)
         replay()
         return out.clone()  # the next graph may use the same memory
 
 
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
-#    order. Here visible tokens stand first, then the tokens drawn next, then the others: every selection is a slice
-#    of the front, where the plain loop searches a mask, for which a GPU must wait.
-# 2. Fusion once. The codes of an image do not change, so what the fusion makes of them, and the keys and values that
-#    cross-attention makes of that, are computed once per image instead of once per iteration; for the null branch,
-#    which is the same for all images, once per run.
-# 3. Last block. After the last decoder block only the tokens drawn now are used. The block computes keys and values of
-#    all rows, but queries and MLP of these tokens only.
-# Training uses the first idea, and the head sees hidden tokens only.
+#    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
+#    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
+# 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
+#    each cross-attention computes from it, are computed once per image instead of once per iteration. The null branch
+#    is the same for all images: it is computed once and shared by all calls for a model.
+# 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
+#    all rows; attention, cross-attention and MLP run for these tokens only.
+# 4. One batch. Both branches of guidance go through the network together.
+# Exact: every row is computed from the same rows as before. All of it, with the head's loop above, saves a factor of
+# GENERATE_RATIO (MAR-B, 64 iterations x 100 steps, batch 1). Training uses the first idea.
 
 class Prepared(NamedTuple):
-    """A fusion.Fused, and keys and values [2, B, H, codes, D/H] (or None) for every block's cross-attention."""
+    """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
     prefix: torch.Tensor
     mask_codes: torch.Tensor | None
     encoder: list
     decoder: list
 
 
+@torch.no_grad()
 def prepare(model, classes, codes) -> Prepared:
     fused = model.fuse(classes, codes)
-    read = lambda blocks: [None if fused.context is None else b.cross.attention.keys_values(fused.context)
-                           for b in blocks]
-    return Prepared(fused.prefix, fused.mask_codes, read(model.encoder_blocks), read(model.decoder_blocks))
+    read = lambda b: None if fused.context is None else b.cross.attention.keys_values(fused.context)
+    return Prepared(fused.prefix, fused.mask_codes, [read(b) for b in model.encoder_blocks],
+                    [read(b) for b in model.decoder_blocks])
 
 
 def null_condition(model) -> Prepared:
-    """The Prepared of one null image. It serves all images of a run: `generate` takes it as `null`."""
+    """The Prepared of one null image. It serves all images of a model: `generate` takes it as `null`."""
     c, device = model.config, model.mask_token.device
     codes = torch.zeros(1, c.codes, dtype=torch.long, device=device)  # the fake code replaces them
     return prepare(model, torch.full((1,), c.classes, device=device), codes)
 
 
 def with_null(images: Prepared, null: Prepared) -> Prepared:
-    """B images, and B times the null image behind them."""
+    """B images, then the null image, repeated B times."""
     join = lambda a, b, dim: None if a is None else torch.cat([a, b.expand(*a.shape)], dim)
     blocks = lambda a, b: [join(x, y, 1) for x, y in zip(a, b)]
     return Prepared(join(images.prefix, null.prefix, 0), join(images.mask_codes, null.mask_codes, 0),
@@ -256,13 +265,13 @@ def decoder_rows(model, encoded, mask_codes, order):
 
 
 def run_block(block, x, keys_values=None, rows=slice(None)):
-    """generator.Block.forward in eval mode: x [B, T, D] -> [B, T', D] for the T' asked rows."""
-    B, T, D = x.shape
-    q, k, v = block.qkv(block.norm1(x)).view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4)       # [B, H, T, D/H]
+    """generator.Block.forward in eval mode, for some rows: x [B, R, D] -> those that the slice `rows` selects."""
+    B, R, D = x.shape
+    q, k, v = block.qkv(block.norm1(x)).view(B, R, 3, block.heads, -1).permute(2, 0, 3, 1, 4)       # [B, H, R, D/H]
     y = F.scaled_dot_product_attention(q[:, :, rows], k, v)
     x = x[:, rows] + block.proj(y.transpose(1, 2).flatten(2))
     if keys_values is not None:
-        x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)
+        x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)      # block.cross(x, context)
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
@@ -272,17 +281,17 @@ def compile_blocks():
     run_block = torch.compile(run_block)
 
 
-def hidden_state(model, latents, order, start, end, prepared):
-    """z [B, end - start, D] of the positions order[:, start:end], given latents [B, start, C] of those before them."""
+def hidden(model, latents, order, a, b, prepared):
+    """Generator.hidden: z [B, b-a, D] of the positions order[:, a:b], given the latents [B, a, C] of order[:, :a]."""
     P = model.fusion.slots
-    x = encoder_rows(model, prepared.prefix, latents, order[:, :start])
+    x = encoder_rows(model, prepared.prefix, latents, order[:, :a])
     for block, keys_values in zip(model.encoder_blocks, prepared.encoder):
         x = run_block(block, x, keys_values)
     x = decoder_rows(model, model.encoder_norm(x), prepared.mask_codes, order)
     for block, keys_values in zip(model.decoder_blocks[:-1], prepared.decoder):
         x = run_block(block, x, keys_values)
-    x = run_block(model.decoder_blocks[-1], x, prepared.decoder[-1], slice(P + start, P + end))
-    return model.decoder_norm(x) + rows_at(model.output_positions, order[:, start:end])
+    x = run_block(model.decoder_blocks[-1], x, prepared.decoder[-1], slice(P + a, P + b))
+    return model.decoder_norm(x) + rows_at(model.output_positions, order[:, a:b])
 
 
 @torch.no_grad()
@@ -292,12 +301,13 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     """Generator.generate: same arguments, same latents. null: null_condition(model); graphs: see sample_head."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
-    # Positions in the order of generation, and within an iteration in raster order, which the rows of noise follow:
-    # iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]].
+    # Iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]]. Within an iteration positions
+    # stand in raster order, because the rows of noise do.
     bounds = [plan.kept] + [L - m for m in plan.hidden]
-    parts = zip([0] + bounds, bounds)
-    order = torch.cat([plan.orders.flip(1)[:, a:b].sort(1).values for a, b in parts], dim=1)           # [B, L]
-    raster = order.argsort(1)                                                        # the way back
+    first_to_last = plan.orders.flip(1)
+    parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]
+    order = torch.cat(parts, dim=1)                                                  # [B, L]
+    raster = order.argsort(1)                                                        # the inverse permutation
 
     images = prepare(model, classes, codes)
     both = with_null(images, null or null_condition(model)) if any(g != 1 for g in plan.cfg) else None
@@ -305,11 +315,14 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     if start is not None:
         x[:, :plan.kept] = rows_at(start[0], order[:, :plan.kept])
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
-        prepared, branches = (both, 2) if plan.cfg[k] != 1 else (images, 1)          # both branches in one batch
-        z = hidden_state(model, x[:, :a].repeat(branches, 1, 1), order.repeat(branches, 1), a, b, prepared)
-        z, z_null = z.flatten(0, 1).split(B * (b - a)) if branches == 2 else (z.flatten(0, 1), None)
-        e = plan.noise(k, C) if noise is None else noise[k]
-        drawn = sample_head(model.head, z, z_null, plan.cfg[k], plan.steps[k], temperature, e, None, t_max, graphs)
+        if plan.cfg[k] != 1:
+            z = hidden(model, x[:, :a].repeat(2, 1, 1), order.repeat(2, 1), a, b, both)                 # [2B, n, D]
+            z, z_null = z.flatten(0, 1).chunk(2)                                     # each [B*n, D]
+        else:
+            z, z_null = hidden(model, x[:, :a], order, a, b, images).flatten(0, 1), None
+        noise_k = plan.draw_noise(k, C) if noise is None else noise[k]
+        drawn = sample_head(model.head, z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, None, t_max,
+                            graphs)
         x[:, a:b] = drawn.view(B, b - a, C)
         if watch:
             watch(rows_at(x, raster))
@@ -317,12 +330,11 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 
 def loss(model, latents, classes, codes, draws):
-    """Generator.loss(latents, classes, codes, draws.mask, draws.t, draws.noise, draws.null) for training: the host
-    knows the number of hidden tokens, draws.hidden, so it never waits for the device."""
+    """Generator.loss with these draws. The host knows draws.hidden, so it never waits for the device to count."""
     B, L, C = latents.shape
     M, n, P = len(draws.t), draws.hidden, model.fusion.slots
     order = draws.mask.argsort(dim=1, stable=True)                                   # [B, L], visible positions first
-    visible, hidden = order[:, :L - n], order[:, L - n:]
+    visible, at = order[:, :L - n], order[:, L - n:]                                 # positions [B, L-n] and [B, n]
     fused = model.fuse(classes.masked_fill(draws.null, model.config.classes), codes)
     x = encoder_rows(model, fused.prefix, rows_at(latents, visible), visible)
     for block in model.encoder_blocks:
@@ -330,8 +342,8 @@ def loss(model, latents, classes, codes, draws):
     x = decoder_rows(model, model.encoder_norm(x), fused.mask_codes, order)
     for block in model.decoder_blocks:
         x = block(x, fused.context)
-    z = model.decoder_norm(x[:, P + L - n:]) + rows_at(model.output_positions, hidden)                # [B, n, D]
-    each = hidden.expand(M, B, n).flatten(0, 1)                                      # [M*B, n]
+    z = model.decoder_norm(x[:, P + L - n:]) + rows_at(model.output_positions, at)                    # [B, n, D]
+    each = at.expand(M, B, n).flatten(0, 1)                                          # [M*B, n], for every draw
     t = rows_at(draws.t.flatten(0, 1)[..., None], each).view(M, -1)                  # [M, B*n]
     noise = rows_at(draws.noise.flatten(0, 1), each).view(M, -1, C)                  # [M, B*n, C]
-    return model.head.loss(rows_at(latents, hidden).flatten(0, 1), z.flatten(0, 1), t, noise).mean()
+    return model.head.loss(rows_at(latents, at).flatten(0, 1), z.flatten(0, 1), t, noise).mean()

@@ -1,37 +1,40 @@
-"""Fusion: how the discrete codes of an image condition its continuous generator. D2C (2503.17155) 4.3; DisCon; MixAR.
+"""Fusion: how the discrete codes of an image condition its continuous generator.
 
-    Fusion(codes [B, L] or None, class_token [B, D], is_null [B]) -> Fused
+The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), MixAR (2511.12181) and MAR (2406.11838).
 
-A Fused answers the three questions that the generator asks, whatever the fusion:
+    make_fusion(config)(codes [B, L] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
 
-    prefix      [B, P, D]          the P rows in front of the latents, in encoder and decoder
-    context     [B, L, D] or None  what every block's cross-attention reads
-    mask_codes  [B, L, D] or None  what is added to the mask token of each position, in the decoder
+is_null says which images have lost their class, for classifier-free guidance. A Fused has three fields:
 
-L counts codes in this file. A generator may have fewer tokens than codes (GeneratorConfig.code_grid), but mask_tokens
-needs one code per token. The fusions, with c = GeneratorConfig.prefix class rows:
+    prefix      [B, P, D]          rows in front of the tokens, in the generator's encoder and decoder
+    context     [B, L, D] or None  what the cross-attention of every block reads
+    mask_codes  [B, L, D] or None  what the decoder adds to the mask token of each position
 
-    none             MAR: c copies of the class token, P = c                                  (2406.11838)
-    qformer          Q query tokens that have read all codes, then c - Q class tokens, P = c  (D2C)
-    cross_attention  c class tokens; each block attends to the embedded codes, P = c          (D2C)
-    prefix           c class tokens, then the L embedded codes, P = c + L: latents and codes are one sequence of
-                     self-attention                                                           (DisCon, 2507.01756)
-    mask_tokens      c class tokens; the mask token of position i carries code i, P = c       (MixAR, 2511.12181)
+L is the number of codes in this file. The generator may have fewer tokens than codes. There are five fusions; n is
+GeneratorConfig.prefix:
 
-Codes are embedded by the frozen table of the prior, plus a learned position (not in the paper, but attention would
-see an unordered set without it), and projected to the generator's width: h_q = Linear(Embed(q) + position), Eq. 4.
-Class and codes are dropped together: where the class is null, one learned vector replaces the code at every position.
-DisCon's and MixAR's papers are less explicit than D2C's. They share this embedding here, so that fusions differ in
-nothing but the place where the codes enter.
+    none             prefix: n class tokens                                                    MAR     P = n
+    qformer          prefix: Q outputs of the Q-Former, which reads all codes,
+                     then n - Q class tokens                                                   D2C     P = n
+    cross_attention  prefix: n class tokens; context: the embedded codes                       D2C     P = n
+    prefix           prefix: n class tokens, then the L embedded codes, so that self-attention
+                     runs over codes and tokens together                                       DisCon  P = n + L
+    mask_tokens      prefix: n class tokens; mask_codes: the embedded codes, one per token     MixAR   P = n
+
+All fusions embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's token
+table. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set. Class and codes
+are dropped together: where is_null, one learned vector (`fake_code`) replaces Embed(q) at every position.
 
 To add a sixth fusion:
-    1. Derive a class from CodeFusion. In __init__ set self.slots, the number P of prefix rows, if it is not c.
-    2. In forward call self.embed(codes, is_null) for h_q [B, L, D], and return a Fused that puts it to use.
-    3. If every block needs a layer for it, return that layer from make_cross_attention.
-    4. Add the class to FUSIONS. Its name is now a value of --fusion, and every test of a fusion runs on it.
-Whatever only prefix, context and mask_codes carry, the generator and fast.py already know what to do with.
+    1. Derive a class from CodeFusion. In __init__ set self.slots, which is P, if it is not n, and self.class_slots if
+       fewer of these rows hold the class token.
+    2. In forward compute h_q = self.embed(codes, is_null) [B, L, D] and return a Fused made from it.
+    3. If every block needs an extra layer, return it from make_cross_attention. The block computes
+       x + layer(x, context) between self-attention and MLP. fast.py expects a CrossAttention there.
+    4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
+If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes.
 
-generator.py calls a fusion once per forward pass; fast.py once per image when sampling.
+generator.py calls a fusion once per forward pass. fast.py calls it once per batch of images, before sampling begins.
 """
 from typing import NamedTuple
 
@@ -49,7 +52,10 @@ class Fused(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- attention
 
 class Attention(nn.Module):
-    """Multi-head attention of rows x [B, T, D] over rows y [B, U, D]. No mask; every projection has a bias."""
+    """Multi-head attention: queries from x [B, T, D], keys and values from y [B, U, D]. No attention mask.
+
+    keys_values and attend are apart, because fast.py computes keys and values of the codes once per image.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -72,10 +78,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention(LayerNorm(x), h_q): stands in every generator block between self-attention and MLP. D2C Eq. 5.
+    """Attention(LayerNorm(x), h_q), between self-attention and MLP of a block, which adds the residual. D2C Eq. 5.
 
-    The paper does not say in which blocks. Its Table 1 does: prior and generator have 389M parameters together, which
-    fits cross-attention in all 24 blocks (388.7M) and no smaller number. LayerNorm's eps is the generator's.
+    The text of the paper does not say which blocks have it. Its Table 1 lists 389M parameters for prior plus generator,
+    and only cross-attention in all 24 blocks gives that number (388.7M). eps is 1e-6 as in the generator.
     """
 
     def __init__(self, dim, heads):
@@ -89,12 +95,12 @@ class CrossAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------------- Q-Former
 
 class MapperLayer(nn.Module):
-    """Pre-norm Transformer layer with ReLU: self-attention, cross-attention if `reads`, feed-forward."""
+    """Pre-norm Transformer layer with ReLU: self-attention, cross-attention if `has_cross`, feed-forward."""
 
-    def __init__(self, width, heads, reads):
+    def __init__(self, width, heads, has_cross):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
-        self.norm2, self.cross = (nn.LayerNorm(width), Attention(width, heads)) if reads else (None, None)
+        self.norm2, self.cross = (nn.LayerNorm(width), Attention(width, heads)) if has_cross else (None, None)
         self.norm3 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
 
@@ -107,17 +113,18 @@ class MapperLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """h_q [B, L, D] -> queries [B, Q, D]. D2C Eq. 6. GILL's mapper (2305.17216): encoder-decoder, learned queries.
+    """h_q [B, L, D] -> [B, Q, D]: an encoder-decoder Transformer whose decoder starts from Q learned queries.
 
-    LayerNorm (eps 1e-5) and queries (normal(1)) follow GILL. With encoder=False the queries read h_q directly: the
-    decoder alone, which D2C's Table 3 compares.
+    D2C Eq. 6, built as GILL's mapper (2305.17216): LayerNorm eps 1e-5, PyTorch's default, and queries from N(0, 1).
+    encoder=False leaves out the encoder's layers; D2C's Table 3 compares both.
     """
 
     def __init__(self, dim, queries, width, layers, heads, encoder=True):
         super().__init__()
         self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
-        self.encoder = nn.ModuleList(MapperLayer(width, heads, reads=False) for _ in range(layers if encoder else 0))
-        self.decoder = nn.ModuleList(MapperLayer(width, heads, reads=True) for _ in range(layers))
+        encoder_layers = layers if encoder else 0
+        self.encoder = nn.ModuleList(MapperLayer(width, heads, has_cross=False) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(MapperLayer(width, heads, has_cross=True) for _ in range(layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(1, queries, width))
 
@@ -135,8 +142,8 @@ class QFormer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- fusions
 
 class Fusion(nn.Module):
-    """What all fusions share: `slots` is P, the number of prefix rows; `class_slots` of them hold the class token."""
-    reads_codes = False  # True: a run also needs a VQ tokenizer and a prior
+    """What all fusions share. slots: the number of prefix rows, P. class_slots: how many hold the class token."""
+    reads_codes = False  # True: sampling needs a prior and a VQ tokenizer
 
     def __init__(self, c):
         super().__init__()
@@ -158,30 +165,30 @@ class NoFusion(Fusion):
 
 
 class CodeFusion(Fusion):
-    """Embeds the codes: h_q = Linear(Embed(q) + position). Eq. 4."""
+    """A fusion that embeds the codes."""
     reads_codes = True
 
     def __init__(self, c):
         super().__init__(c)
-        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # frozen; the prior's, or unit normal without a prior
+        self.embedding = nn.Embedding(c.vocab, c.code_dim)  # frozen; N(0, 1) until copy_table replaces it
         self.embedding.weight.requires_grad_(False)
         self.fake_code = nn.Parameter(torch.randn(c.code_dim))
         self.positions = nn.Parameter(torch.randn(1, c.codes, c.code_dim))
         self.project = nn.Linear(c.code_dim, c.dim)  # generator.py initialises all Linear layers
 
     def copy_table(self, table):
-        """Takes the prior's table [K, code_dim], scaled to unit variance.
+        """Copies the prior's token table [K, code_dim], divided by its standard deviation.
 
-        The entries of the prior's table are a few hundredths. Unscaled, keys and values would be as small: attention
-        would start out uniform over the codes and need thousands of steps to find the code at its own position.
+        The entries of that table are a few hundredths, and positions start from N(0, 1). Without the division codes
+        would vanish beside positions, and the generator would need thousands of steps before it tells codes apart.
         """
         self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
-        """codes [B, L], is_null [B] -> h_q [B, L, D]; a null image has the fake code at every position."""
+        """codes [B, L], is_null [B] -> h_q [B, L, D]. D2C Eq. 4, plus a position."""
         if codes is None:
             raise ValueError("this generator's fusion needs codes; codes=None is for fusion 'none'")
-        e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))
+        e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))  # [B, L, code_dim]
         return self.project(e + self.positions)
 
 
@@ -207,7 +214,7 @@ class CrossAttentionFusion(CodeFusion):
 
 
 class PrefixFusion(CodeFusion):
-    """A code gets two positions: the embedding's, and the one that the generator adds to each prefix row."""
+    """Each code has two positions: one from `embed`, and one that the generator adds to every prefix row."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -218,13 +225,13 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token. MixAR replaces the token, which can express the same, because
-    the projection has a bias. The encoder sees no hidden position, so it sees no codes either.
+    """Adds the embedded code to the shared mask token; MixAR replaces the token by the code. Both are equally
+    expressive, because the bias of `project` can cancel the token. The encoder sees no hidden token, so no codes.
     """
 
     def __init__(self, c):
         super().__init__(c)
-        if c.code_grid not in (0, c.grid):
+        if c.codes != c.grid**2:
             raise ValueError("mask_tokens needs one code per token; choose another fusion or equal grids")
 
     def forward(self, codes, class_token, is_null):

@@ -1,10 +1,10 @@
 """The continuous generator: a masked autoencoder over the tokens of an image, with a diffusion head for each token.
 
-D2C section 4.2, on MAR (2406.11838).
-
-    p(latents | class, codes): hide a random part of an image's tokens and look at the rest, at the class and at the
-    codes. For each hidden position compute a vector z, from which the diffusion head draws the token. Sampling starts
-    with everything hidden and draws a few positions per iteration.
+D2C (2503.17155) section 4.2, which extends MAR (2406.11838). The model learns p(latents | class, codes). Latents are
+L continuous tokens of an image with C channels each. Codes are discrete tokens of the same image, drawn by prior.py.
+In training, a random part of the continuous tokens is hidden. The network sees the other tokens, the class and the
+codes, and computes a vector z for every position. At hidden positions the diffusion head (diffloss.py) learns to draw
+the token from z. Sampling starts with all tokens hidden and draws some of them in each iteration.
 
     Generator(config)
     .hidden(latents [B, L, C], classes [B], codes, mask [B, L])  -> z [B, L, D]; mask 1 = hidden
@@ -15,9 +15,10 @@ D2C section 4.2, on MAR (2406.11838).
     rows of the encoder:  [ prefix P | visible tokens V ]
             the decoder:  [ prefix P | all tokens L, a mask token where one is hidden ]
 
-fusion.py decides what the prefix is and what else the blocks see. classes == config.classes is the null class of
-guidance. This file is the method in its textbook form. fast.py has `loss` and `generate` in a faster form with the
-same results; train.py and sample.py use that form.
+fusion.py turns class and codes into the P prefix rows and, for some fusions, into a context for cross-attention or
+into vectors added to mask tokens. Classes are 0 to config.classes - 1; class number config.classes is the null class,
+of classifier-free guidance. This file is the method in its textbook form. fast.py has `loss` and `generate` in a faster
+form with the same results; train.py and sample.py use that form.
 """
 import math
 from dataclasses import dataclass
@@ -38,21 +39,21 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # class rows in front of the tokens; Q-Former's queries replace some of them
+    prefix: int = 64           # class rows in front of the tokens; with fusion qformer, queries replace some
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
     classes: int = 1000
-    head_depth: int = 6
+    head_depth: int = 6        # of the diffusion head
     head_width: int = 1024
     batch_mul: int = 4         # M draws of (t, noise) per token and training step
     mask_min: float = 0.7      # the smallest share of tokens that a training step hides
     dropout: float = 0.1
     class_drop: float = 0.1    # share of training images whose class and codes become null, together
-    vocab: int = 16384         # K and width of the prior's code table
-    code_dim: int = 768
-    queries: int = 16          # Q, and the size of the Q-Former
-    qformer_width: int = 512
+    vocab: int = 16384         # K, number of different codes
+    code_dim: int = 768        # width of the prior's code table
+    queries: int = 16          # Q
+    qformer_width: int = 512   # size of the Q-Former
     qformer_layers: int = 4    # of its decoder, and again as many of its encoder if it has one
     qformer_heads: int = 4
     qformer_encoder: bool = True
@@ -85,19 +86,20 @@ class Block(nn.Module):
 
 
 class Draws(NamedTuple):
-    """All random numbers of one training step for B images, batch dimension first but in t, noise and codes."""
-    null: torch.Tensor       # [B] bool, images that lose class and codes
+    """All random numbers of a training step on B images."""
+    null: torch.Tensor       # [B] bool, True where an image loses its class and its codes
     mask: torch.Tensor       # [B, L], 1 = hidden, equally many per image
     t: torch.Tensor          # [M, B, L] diffusion timesteps
     noise: torch.Tensor      # [M, B, L, C]
-    posterior: torch.Tensor  # [B, L, C] noise for KL.sample: latents are sampled anew at every step
-    codes: torch.Tensor      # [2, B, codes] uniform numbers for Prior.mixture
-    hidden: int              # tokens hidden per image
+    posterior: torch.Tensor  # [B, L, C] noise with which KL.sample draws the latents, new at every step
+    codes: torch.Tensor      # [2, B, codes] uniform numbers with which Prior.mixture chooses the codes
+    hidden: int              # hidden tokens per image
 
-    def rows(self, rows):
-        """The draws of some of the images, a slice."""
+    def rows(self, images):
+        """The numbers of the images in a slice: a rank draws for the whole batch and takes its own images."""
         null, mask, t, noise, posterior, codes, hidden = self
-        return Draws(null[rows], mask[rows], t[:, rows], noise[:, rows], posterior[rows], codes[:, rows], hidden)
+        return Draws(null[images], mask[images], t[:, images], noise[:, images], posterior[images], codes[:, images],
+                     hidden)
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -122,28 +124,32 @@ class Generator(nn.Module):
         self.decoder_blocks = nn.ModuleList(block() for _ in range(c.depth))
         self.decoder_norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.output_positions = nn.Parameter(torch.empty(1, L, c.dim))
-        for m in self.modules():  # the fusion's too
+        for m in self.modules():  # those of the fusion too, but not of the head, which initialises itself
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
         for p in (self.class_embedding.weight, self.fake_class, self.mask_token, self.encoder_positions,
                   self.decoder_positions, self.output_positions):
             nn.init.normal_(p, std=0.02)
-        self.head = DiffusionHead(HeadConfig(c.token_dim, c.dim, c.head_depth, c.head_width))  # initialises itself
+        self.head = DiffusionHead(HeadConfig(c.token_dim, c.dim, c.head_depth, c.head_width))
 
     def hidden(self, latents, classes, codes, mask):
         """latents [B, L, C], mask [B, L] (1 = hidden, equally many per image) -> z [B, L, D], in raster order.
 
-        What latents holds at hidden positions has no influence. codes [B, codes] int64, or None for fusion `none`.
+        Latents at hidden positions have no influence. codes [B, codes] int64, or None for fusion `none`.
         """
         fused = self.fuse(classes, codes)
-        visible = F.pad(1 - mask.float(), (self.fusion.slots, 0), value=1).bool()    # [B, P+L], the prefix always is
+        # the prefix is always visible                                                 [B, P+L]
+        visible = F.pad(1 - mask.float(), (self.fusion.slots, 0), value=1).bool()
         if (visible.sum(1) != visible[0].sum()).any():
             raise ValueError("a mask must hide equally many tokens of each image")
         return self.decode(self.encode(latents, fused, visible), fused, visible)
 
     def fuse(self, classes, codes) -> Fused:
-        """classes [B], codes [B, codes] or None -> what the fusion makes of them. A null class gets fake_class, and
-        the fusion replaces its codes: class and codes are null together."""
+        """classes [B], codes [B, codes] or None -> the Fused of these images.
+
+        Class and codes are null together: fake_class replaces a null class, and the fusion replaces the codes.
+        """
         is_null = classes == self.config.classes                                     # [B]
         token = self.class_embedding(classes.masked_fill(is_null, 0))                # [B, D]
         return self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
@@ -163,19 +169,20 @@ class Generator(nn.Module):
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row, prefix first
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
-        return self.decoder_norm(x)[:, P:] + self.output_positions                   # the prefix has done its work
+        return self.decoder_norm(x)[:, P:] + self.output_positions                   # without the prefix
 
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None, uniform=None) -> Draws:
-        """Draws what a training step on B images needs, on the model's device.
+        """Draws the random numbers of a training step on B images, on the model's device.
 
-        uniform: a float in [0, 1) that decides the masking ratio; drawn when None. It is one ratio for all images, so
-        that each image hides equally many tokens. It is a number on the host, which need not wait for a GPU for it.
+        All images hide equally many tokens, so there is one masking ratio. uniform, a Python float in [0, 1), decides
+        it: the host then knows the number of hidden tokens and need not wait for a GPU. None: drawn without
+        `generator`.
         """
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         uniform = float(torch.rand(())) if uniform is None else uniform
@@ -184,7 +191,7 @@ class Generator(nn.Module):
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             null=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < hidden).float(),  # a random order per image; its first tokens are hidden
+            mask=(rand(B, L).argsort(dim=1) < hidden).float(),  # a random rank per token; the lowest ranks are hidden
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim),
             posterior=normal(B, L, c.token_dim),
@@ -194,33 +201,38 @@ class Generator(nn.Module):
     def loss(self, latents, classes, codes, mask=None, t=None, noise=None, null=None):
         """Mean diffusion loss over hidden tokens and M draws of (t, noise). D2C Eq. 2.
 
-        latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]; each drawn as in training when None.
-        null [B] bool: images that lose class and codes; None: no image does.
+        latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
+        null [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image.
         """
-        drawn = self.draw(len(latents))
-        mask, t, noise = (d if x is None else x for x, d in ((mask, drawn.mask), (t, drawn.t), (noise, drawn.noise)))
+        if mask is None or t is None or noise is None:
+            drawn = self.draw(len(latents))
+            mask = drawn.mask if mask is None else mask
+            t = drawn.t if t is None else t
+            noise = drawn.noise if noise is None else noise
         classes = classes if null is None else classes.masked_fill(null, self.config.classes)
-        z, hidden = self.hidden(latents, classes, codes, mask), mask.bool()
+        z = self.hidden(latents, classes, codes, mask)                               # [B, L, D]
+        at = mask.bool()
         # n hidden tokens of all images: latents [n, C], z [n, D], t [M, n], noise [M, n, C]
-        return self.head.loss(latents[hidden], z[hidden], t[:, hidden], noise[:, hidden]).mean()
+        return self.head.loss(latents[at], z[at], t[:, at], noise[:, at]).mean()
 
     # ------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
     def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
                  orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None):
-        """classes [B], codes [B, codes] (None for fusion none) -> latents [B, L, C]. MAR section 3.3. In eval mode.
+        """classes [B], codes [B, codes] (or None) -> latents [B, L, C]. MAR section 3.3. Call eval() first.
 
-        iterations           rounds in which all tokens are drawn; at most the number of tokens
-        steps                of the head: an int, or a list with one per iteration
-        cfg, schedule        guidance: linear (growing with the share of visible tokens) or constant; 1 changes nothing
-        cfg_from             iterations whose guidance is below it skip the null branch
-        temperature, t_max   see DiffusionHead.sample
-        orders [B, L]        a permutation of the positions per image, walked from its end (MAR hides its first entries)
-        noise                a list, one [steps+1, B*n, C] per iteration, its rows image by image, in raster order
-        generator            a torch.Generator on the model's device, or a list of B
-        start                (latents [B, L, C], keep [B, L] bool, equally many per image): tokens that stay as they are
-        watch                called after every iteration with the latents so far; a hidden token is zero
+        iterations      at most L; each draws one or more tokens, and all together draw every hidden token
+        steps           diffusion steps per token: an int, or a list with an int per iteration
+        cfg, schedule   guidance: `constant`, or `linear`, growing with the share of drawn tokens up to cfg; 1: none
+        cfg_from        iterations whose guidance is below this number skip the null branch
+        temperature     scales the noise that the diffusion head adds in its steps
+        t_max           the diffusion timestep at which the head starts
+        orders [B, L]   a permutation of the positions per image; its last entry is drawn first (MAR hides a first part)
+        noise           a list, one [steps+1, B*n, C] per iteration, its rows image by image, in raster order
+        generator       a torch.Generator on the model's device, or a list of B
+        start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image
+        watch           a function that is called after every iteration with the latents so far; hidden tokens are zero
         """
         L, C = self.config.grid**2, self.config.token_dim
         plan = make_plan(len(classes), L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start,
@@ -232,11 +244,10 @@ class Generator(nn.Module):
         for k, later in enumerate(plan.hidden):                  # `later` tokens per image stay hidden for now
             next_mask = torch.zeros_like(mask).scatter(1, plan.orders[:, :later], 1.0)
             now = (mask - next_mask).bool()                                          # [B, L], drawn in this iteration
-            z, z_null = self.hidden(x, classes, codes, mask)[now], None              # [B*n, D], image by image
-            if plan.cfg[k] != 1:
-                z_null = self.hidden(x, null, codes, mask)[now]
-            e = plan.noise(k, C) if noise is None else noise[k]                      # [steps+1, B*n, C]
-            x[now] = self.head.sample(z, z_null, plan.cfg[k], plan.steps[k], temperature, e, t_max=t_max)
+            z = self.hidden(x, classes, codes, mask)[now]                            # [B*n, D], image by image
+            z_null = self.hidden(x, null, codes, mask)[now] if plan.cfg[k] != 1 else None
+            noise_k = plan.draw_noise(k, C) if noise is None else noise[k]           # [steps+1, B*n, C]
+            x[now] = self.head.sample(z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, t_max=t_max)
             mask = next_mask
             if watch:
                 watch(x.clone())
@@ -246,16 +257,16 @@ class Generator(nn.Module):
 @dataclass
 class Plan:
     """What is decided before the first iteration of a decoding."""
-    orders: torch.Tensor   # [B, L], positions in the reverse order of their drawing
+    orders: torch.Tensor   # [B, L], positions; the last entry is drawn first
     mask: torch.Tensor     # [B, L], 1 = hidden at the start
     kept: int              # tokens per image that are not drawn
     hidden: list           # tokens per image that are still hidden after each iteration
     cfg: list              # guidance of each iteration; 1: none
     steps: list            # diffusion steps of each iteration
-    generators: list       # one per image
+    generators: list       # one per image: all the same, or None, if the caller did not give a list
 
-    def noise(self, k, C):
-        """The head's noise in iteration k, [steps+1, B*n, C]: from each image's own generator."""
+    def draw_noise(self, k, C):
+        """The head's noise in iteration k, [steps+1, B*n, C], image by image from the generators."""
         n = (self.hidden[k - 1] if k else self.orders.shape[1] - self.kept) - self.hidden[k]
         return torch.cat([torch.randn(self.steps[k] + 1, n, C, generator=g, device=self.mask.device)
                           for g in self.generators], dim=1)
@@ -278,7 +289,7 @@ def make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generato
     if kept:  # kept tokens go to the end of the order: they count as drawn
         orders = orders.gather(1, mask.gather(1, orders).argsort(dim=1, descending=True, stable=True))
     hidden = hidden_counts(L - kept, iterations)
-    # MAR counts at least 1 hidden token here, so that a linear schedule ends just below cfg
+    # As in MAR, the last iteration counts 1 hidden token instead of 0, so its guidance is slightly below cfg.
     guidance = [1 + (cfg - 1) * (L - max(m, 1)) / L if schedule == "linear" else cfg for m in hidden]
     return Plan(orders, mask, kept, hidden, [g if g >= cfg_from else 1.0 for g in guidance],
                 [steps] * iterations if isinstance(steps, int) else steps, generators)
@@ -293,8 +304,8 @@ def mask_ratio(uniform, low):
 def hidden_counts(L, iterations):
     """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left.
 
-    Rounded down, the cosine alone would draw no token in 3 of 64 iterations (53 of 256). Such an iteration would run
-    the network and ask the head for nothing, so each iteration draws at least one.
+    For L = 256 the rounded cosine alone would draw no token in 3 of 64 iterations, or in 53 of 256. Such an iteration
+    would run the network for nothing, so each iteration draws at least one token.
     """
     counts, now = [], L
     for k in range(iterations - 1):

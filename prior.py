@@ -1,17 +1,23 @@
-"""The discrete prior: a Llama-style Transformer over the codes of an image, given its class. D2C section 4.1, Eq. 3.
+"""The discrete prior: a Llama-style Transformer over the codes of an image, given its class.
+
+D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predict code i, the last none
+    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predicts code i, the last nothing
     .draw(B, generator)                      -> null [B]: which images of a training step lose their class
     .loss(codes, classes, null)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
-    .mixture(codes, classes, share, ...)     -> codes [B, L], in part drawn by the prior: the condition of stage 2
+    .mixture(codes, classes, share, uniform) -> codes [B, L], some of them drawn by the prior: what stage 2 trains on
 
-The class is one token in front of the codes. Class number PriorConfig.classes is the null class, which guidance needs.
-Sizes and weights are LlamaGen's (2406.06525): B has 110,888,448 parameters. `train.py --stage 1` trains the prior,
-`sample.py` draws from it.
+L codes of an image, K entries of the codebook, D = dim, H = heads. The class is one token in front of the codes.
+Classes are 0 to config.classes - 1; class number config.classes is the null class of classifier-free guidance.
+
+The layer sizes are those of LlamaGen-B (2406.06525), 110,888,448 parameters; checkpoints.py reads its published file.
+`train.py --stage 1` trains the prior, `sample.py` draws codes from it, and stage 2, the generator, is conditioned on
+these codes.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +37,8 @@ class PriorConfig:
     class_drop: float = 0.1  # share of training images whose class becomes the null class
 
     @property
-    def ffn_dim(self):  # SwiGLU: 2/3 of 4*dim, rounded up to a multiple of 256
-        return -(-int(8 * self.dim / 3) // 256) * 256
+    def ffn_dim(self):  # SwiGLU: 2/3 of 4*dim, rounded up to a multiple of 256; 2048 for 768
+        return 256 * math.ceil(int(8 * self.dim / 3) / 256)
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks
@@ -47,13 +53,15 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(grid, head_dim, base=10000.0):
-    """2D rotary positions: [L+1, head_dim/2, 2] cosines and sines, fp32; row 0 belongs to the class token.
+    """2D rotary positions: [L+1, head_dim/2, 2] cosines and sines, fp32; entry 0 belongs to the class token.
 
-    The first half of a head's channel pairs turns with the row of the position, the second half with the column.
-    Trap: row 0 is *zero*, where an angle of 0 would have cosine 1. The class token's query and key therefore vanish,
-    and every position sees the class with logit 0. LlamaGen's weights were trained that way.
+    The first half of a head's channel pairs is rotated by the grid row of a position, the second half by its column.
+    Trap: entry 0 is all zeros. It is not a rotation by angle 0, which would be (cos, sin) = (1, 0). So the class
+    token's query and key are zero vectors: its attention score is 0 for every query, while its value still counts.
+    LlamaGen's weights were trained with this zero entry, so it must stay.
     """
-    freqs = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))          # [head_dim/4]
+    # head_dim/4 frequencies, used once for rows and once for columns
+    freqs = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
     angles = torch.arange(grid).float()[:, None] * freqs                                    # [grid, head_dim/4]
     rows, columns = angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)
     angles = torch.cat([rows, columns], dim=1)                                              # [L, head_dim/2]
@@ -62,14 +70,14 @@ def rope_table(grid, head_dim, base=10000.0):
 
 
 def rotate(x, table):
-    """Turns channel pairs (2i, 2i+1) of x [B, H, T, head_dim] by the angles of table [T, head_dim/2, 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotates channel pairs (2i, 2i+1) of x [B, H, T, head_dim] by the angles of table [T, head_dim/2, 2]."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # [B, H, T, head_dim/2]
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
 class Cache:
-    """Keys and values of one block for all positions so far. Each call adds one position."""
+    """Keys and values of one block for all positions so far; `extend` adds one position."""
 
     def __init__(self):
         self.keys = self.values = None
@@ -83,7 +91,7 @@ class Cache:
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + SwiGLU(norm(x)). The letters of the layers are Llama's."""
+    """Pre-norm: x + attention(norm(x)), then x + SwiGLU(norm(x)). The names of the layers are Llama's."""
 
     def __init__(self, c: PriorConfig):
         super().__init__()
@@ -101,7 +109,7 @@ class Block(nn.Module):
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # with a cache the only query is the newest position, which may see all keys
+        # With a cache the only query is the newest position. It may see all keys; is_causal would show it the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
 
@@ -124,44 +132,52 @@ class Prior(nn.Module):
         self.norm = RMSNorm(c.dim)
         self.output = nn.Linear(c.dim, c.vocab, bias=False)
         self.register_buffer("rope", rope_table(c.grid, c.dim // c.heads), persistent=False)
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.ndim == 2:
-                nn.init.zeros_(p) if name == "output.weight" else nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02)
+        nn.init.zeros_(self.output.weight)  # the first loss is ln K
 
     def forward(self, codes, classes):
         """codes [B, L] int64, classes [B] int64 (config.classes = null) -> logits [B, L+1, K] fp32."""
         x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, L+1, D]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, self.rope[:x.shape[1]])
+            x = block(x, self.rope[:x.shape[1]])  # fewer codes than L are allowed
         return self.output(self.norm(x)).float()
 
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None):
-        """What a training step draws for B images: null [B] bool, the images whose class becomes the null class."""
+        """What a training step draws for B images: null [B] bool, True where the class becomes the null class.
+
+        It is drawn outside of `loss`, for the whole batch of a step, so that several ranks can share one draw.
+        """
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
     def loss(self, codes, classes, null=None):
-        """Mean cross-entropy in nats per code. null [B] bool: images whose class becomes null; None: no image's."""
+        """Mean cross-entropy in nats per code. null [B] bool: images whose class becomes null; None: no class does."""
         classes = classes if null is None else classes.masked_fill(null, self.config.classes)
-        logits = self(codes, classes)[:, :-1]                                                # the last predicts nothing
+        logits = self(codes, classes)[:, :-1]                                                # no code follows the last
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def resample(self, codes, classes, uniform):
-        """Draws every code anew from p(q_i | q_<i, class), given the *true* codes before it. In eval mode.
+        """Draws every code again from p(q_i | q_<i, class), given the *true* codes before it. Call eval() first.
 
-        One causal pass gives all L distributions (teacher forcing); uniform [B, L] in [0, 1) decides the draws. D2C
-        trains its generator on these codes. They err as the prior errs, so the generator learns to work with errors
-        that it will meet in sampling.
+        One causal pass gives all L distributions (teacher forcing). uniform [B, L] in [0, 1) are the random numbers.
+        D2C trains stage 2 on these codes: they contain mistakes of the prior, so the generator learns to work with
+        mistakes, which sampling will bring.
         """
-        parts = zip(codes.split(32), classes.split(32), uniform.split(32))  # by 32: logits of 16384 codes are large
+        # 32 images at a time: their logits for K = 16384 take 0.5 GB
+        parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         with torch.inference_mode():
-            drawn = torch.cat([draw(self(c, y)[:, :-1], u) for c, y, u in parts])
-        return drawn.clone()  # a tensor that autograd may keep
+            drawn = torch.cat([pick(self(c, y)[:, :-1], u) for c, y, u in parts])
+        return drawn.clone()  # outside of inference mode: a tensor that autograd may keep
 
     def mixture(self, codes, classes, share, uniform):
-        """Keeps each true code with probability `share`, else takes the resampled one. uniform [2, B, L]."""
+        """Keeps each true code with probability `share`, else takes the resampled one.
+
+        uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others.
+        """
         if share == 1:
             return codes
         return torch.where(uniform[0] < share, codes, self.resample(codes, classes, uniform[1]))
@@ -170,47 +186,51 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def generate(self, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, given=None, watch=None):
-        """classes [B] -> codes [B, L] int64, raster order. In eval mode.
+        """classes [B] -> codes [B, L] int64, raster order. Call eval() first.
 
-        cfg: guidance on the logits, null + cfg * (cond - null); 1 changes nothing and skips the null branch.
-        generator: a torch.Generator on the model's device, or a list of B, one per image. given [B, L]: codes that
-        stay, and -1 where one is drawn; the order is fixed, so a drawn code knows only the codes before it. watch is
-        called after every code.
+        cfg                   guidance on the logits, null + cfg * (cond - null); 1 skips the null branch
+        temperature           divides the logits
+        top_k, top_p          see filter_logits
+        generator             a torch.Generator on the model's device, or a list of B, one per image
+        given [B, L]          codes that stay, -1 where a code is drawn; codes are drawn in raster order, so a drawn
+                              code does not see given codes behind it
+        watch                 a function that is called after every code
         """
         B, L = len(classes), self.config.grid**2
         uniform = uniform_numbers(B, L, generator, classes.device)
         guided = cfg != 1
         if guided:  # the null branch is the second half of the batch
             classes = torch.cat([classes, torch.full_like(classes, self.config.classes)])
-        x, codes = self.class_embedding(classes)[:, None], []                                # [B or 2B, 1, D]
-        caches = [Cache() for _ in self.blocks]
+        x = self.class_embedding(classes)[:, None]                                           # [B or 2B, 1, D]
+        codes, caches = [], [Cache() for _ in self.blocks]
         for i in range(L):
             for block, cache in zip(self.blocks, caches):
                 x = block(x, self.rope[i:i + 1], cache)
             logits = self.output(self.norm(x[:, -1])).float()                                # [B or 2B, K]
-            codes.append(choose(logits, cfg, temperature, top_k, top_p, uniform[:, i]))
+            code = choose(logits, cfg, temperature, top_k, top_p, uniform[:, i])             # [B]
             if given is not None:
-                codes[i] = torch.where(given[:, i] < 0, codes[i], given[:, i])
-            x = self.code_embedding(torch.cat([codes[-1], codes[-1]]) if guided else codes[-1])[:, None]
+                code = torch.where(given[:, i] < 0, code, given[:, i])
+            codes.append(code)
+            x = self.code_embedding(torch.cat([code, code]) if guided else code)[:, None]
             if watch:
                 watch()
         return torch.stack(codes, dim=1)
 
 
 def choose(logits, cfg, temperature, top_k, top_p, uniform):
-    """Logits [B, K], or [2B, K] with the null branch behind -> one code per image [B]: guidance, filters, draw."""
+    """Logits [B, K], or [2B, K] with the null rows after the conditional ones -> one code per image [B]."""
     if temperature <= 0:
         raise ValueError("the temperature must be above 0; top_k=1 takes the likeliest codes")
     if cfg != 1:
         cond, null = logits.chunk(2)
         logits = null + cfg * (cond - null)
-    return draw(filter_logits(logits / temperature, top_k, top_p), uniform)
+    return pick(filter_logits(logits / temperature, top_k, top_p), uniform)
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """logits [..., K] -> the same with -inf outside the k likeliest codes and outside the nucleus of probability top_p.
 
-    The nucleus keeps the first code that carries the sum over top_p. 0 and 1.0 switch the filters off.
+    The nucleus also keeps the code with which the sum of probabilities exceeds top_p. top_k=0 and top_p=1.0 keep all.
     """
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -219,24 +239,25 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         values, order = logits.sort(descending=True)
         probs = values.softmax(-1)
         outside = probs.cumsum(-1) - probs > top_p  # the codes before this one already hold more than top_p
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+        outside = torch.empty_like(outside).scatter(-1, order, outside)  # from sorted order back to the codebook's
+        logits = logits.masked_fill(outside, float("-inf"))
     return logits
 
 
-def draw(logits, uniform):
+def pick(logits, uniform):
     """One code per distribution by the inverse of its cumulative sum: logits [..., K], uniform [...] -> int64 [...].
 
     torch.multinomial has the same distribution but takes one generator for the whole batch. With one uniform number
-    per code, a picture depends on its own seed alone, whatever batch it is drawn in.
+    per code, an image depends on its own seed alone, whatever batch it is drawn in.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                                   # 1 up to rounding
-    below = torch.nextafter(total, torch.zeros_like(total))        # rounding may carry uniform * total up to total
-    target = torch.minimum(uniform[..., None] * total, below)      # below the total, so that some sum exceeds it
-    return (cumulative <= target).sum(-1)                          # the first such code; it has a probability above 0
+    # Rounding may make uniform * total equal to total, which no sum exceeds: take the number just below it then.
+    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= target).sum(-1)                          # the index of the first sum above the target
 
 
 def uniform_numbers(B, L, generator, device):
-    """Uniform numbers [B, L], row by row from a list of B generators, or from one."""
+    """Uniform numbers [B, L]: row b from generator b of a list, or all rows from one generator."""
     generators = generator if isinstance(generator, list) else [generator] * B
     return torch.stack([torch.rand(L, generator=g, device=device) for g in generators])

@@ -2,35 +2,46 @@
 
     python sample.py --class 207                              # 16 golden retrievers by weights/tiny -> sample.png
     python sample.py --class "golf ball" --num 4 --seed 3     # by name, other pictures
-    python sample.py --class all --out all.png                # every class the run knows
+    python sample.py --class all --out all.png                # every class that the run knows
     python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
     python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
-    python sample.py --class church --like IMAGE              # the codes of a picture, drawn anew: variations
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR     # DIR/<class id>/<index>.png
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out X.npz   # folder X, then one file
+    python sample.py --class church --like IMAGE              # takes the codes of IMAGE, draws new details: variations
+    python sample.py --about sample.png                       # how this picture was made, and the command for it
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # single files; X.npz: one file too
 
-The last two, run again, write what is missing.
+A command that writes a folder draws only the missing pictures when it runs again. From Python:
 
-A picture depends on (seed, its index) and the kind of device, to rounding: not on batch size or number of GPUs.
-Other flags override what the run recommends (`presets.Sampling`).
+    import sample
+    run = sample.load_run("weights/tiny")
+    pictures = sample.generate(run, ["golden retriever", 574], seed=1, progress=True)
+    pictures.pil()[0].save("retriever.png")
+
+A string is a name or an id, as after --class. A number is the id or the index of a class; a number that fits two
+classes is refused. A tensor holds indices. Keywords such as `iterations=16, cfg=2` replace what the run recommends
+(`presets.Sampling`), as the flags do. A picture depends on (seed, its index) and the kind of device, and
+not on batch size or number of GPUs, to rounding. docs/sampling.md says what each flag does.
 """
 import argparse
 import glob
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import checkpoints
-from data import center_crop, read_image, to_float
 import fast
+from data import center_crop, read_image, to_float
 from generator import Generator
 from presets import Sampling
 from prior import Prior
@@ -38,6 +49,11 @@ from faults import run_script
 from runtime import UserError, autocast, barrier, print0, rng, setup, sweep, write_file
 from tokenizers import KL, VQ
 
+BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny")
+
+
+# ------------------------------------------------------------------------------------------------------ run and classes
 
 @dataclass
 class Run:
@@ -47,50 +63,35 @@ class Run:
     vq: VQ | None
     prior: Prior | None
     classes: list        # [external id, name] by index
-    sampling: Sampling
+    sampling: Sampling   # what the run recommends
     device: torch.device
     graphs: fast.Graphs | None = None
-    null: fast.Prepared | None = None  # the generator's unconditional condition, from the first pictures on
+    null: fast.Prepared | None = None  # the generator's null condition; the first guided pictures compute it
 
+    @property
+    def pixels(self) -> int:  # side of a picture
+        return self.generator.config.grid * self.kl.config.merge * self.kl.stride
 
-@dataclass
-class Samples:
-    """images and coarse, the decoded codes: uint8 [B, 3, H, W]; codes [B, L]. Without a prior the last two are None."""
-    images: torch.Tensor
-    coarse: torch.Tensor | None
-    codes: torch.Tensor | None
-
-
-@dataclass
-class Start:
-    """A picture to start from. Codes and latents that are given stay as they are, to the bit."""
-    codes: torch.Tensor | None   # [L], -1 where the prior draws
-    latents: torch.Tensor        # [L, C]
-    keep: torch.Tensor           # [L] bool, latents that stay
-    shown: Samples               # the picture, grey where it is drawn anew; its own decoded codes
-
-
-# -------------------------------------------------------------------------------------------------------------- run
 
 def load_run(path: str, device="cpu") -> Run:
-    """Reads RUN/{kl,generator}.pt and, if the generator's fusion reads codes, RUN/{vq,prior}.pt; own or official."""
+    """Reads PATH/{kl,generator}.pt and, if the generator's fusion reads codes, PATH/{vq,prior}.pt; own or official."""
     if not os.path.isdir(path):
-        raise UserError(f"there is no run directory {path}; train one (train.py) or leave --run away for weights/tiny.")
-    file = lambda kind: os.path.join(path, f"{kind}.pt")
-    generator = checkpoints.load_model(file("generator"), "generator", device)
-    kl, vq, prior = checkpoints.load_model(file("kl"), "kl", device), None, None
+        raise UserError(f"there is no run directory {path}; train one (train.py), or omit --run to use weights/tiny.")
+    load = lambda kind: checkpoints.load_model(os.path.join(path, f"{kind}.pt"), kind, device)
+    generator, kl, vq, prior = load("generator"), load("kl"), None, None
     if generator.fusion.reads_codes:
-        vq, prior = (checkpoints.load_model(file(kind), kind, device) for kind in ("vq", "prior"))
+        vq, prior = load("vq"), load("prior")
     classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
-    if "latent_scale" in generator.about:  # of its training: the KL file's, or measured where that has none
+    if "latent_scale" in generator.about:  # the scale that the generator was trained with wins over the one in kl.pt
         kl.set_scale(generator.about["latent_scale"])
+    refuse([(kl.config.scale is None, f"no file of {path} says the scale of the latents; train the generator again")])
     return run
 
 
 def official_classes(path, n):
-    """Classes of a file that does not name them: ids are indices, names come from RUN/classes.tsv if there is one."""
+    """Classes of a file that does not name them: ids are indices, names come from PATH/classes.tsv if there is one."""
     named = checkpoints.read_classes(os.path.join(path, "classes.tsv"))
     classes = sorted(named.values()) if named else [[i, str(i)] for i in range(n)]
     if [c[0] for c in classes] != list(range(n)):
@@ -98,90 +99,114 @@ def official_classes(path, n):
     return classes
 
 
+def refuse(problems):
+    """problems: pairs (is this wrong?, sentence). Raises the sentence of the first wrong one."""
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(sentence + ".")
+
+
 def check_fit(path, run: Run):
     """The files of a run directory must belong together."""
-    g, kl = run.generator.config, run.kl.config
+    g, channels = run.generator.config, run.kl.config.token_dim
     problems = [(len(run.classes) != g.classes, f"{len(run.classes)} class names for {g.classes} classes"),
-                (run.vq and run.vq.stride != run.kl.stride, "vq.pt and kl.pt have tokens of other sizes"),
-                (kl.z_channels != g.token_dim, f"kl.pt has {kl.z_channels} channels, generator.pt {g.token_dim}")]
+                (channels != g.token_dim, f"kl.pt has {channels} channels, generator.pt {g.token_dim}")]
     if run.prior:
-        vq, prior = run.vq.config, run.prior.config
-        problems += [(vq.codebook_size != g.vocab, f"vq.pt has {vq.codebook_size} codes, generator.pt {g.vocab}"),
-                     (prior.vocab != g.vocab, f"prior.pt has {prior.vocab} codes, generator.pt {g.vocab}"),
-                     (prior.classes != g.classes, f"prior.pt has {prior.classes} classes, generator.pt {g.classes}"),
-                     (prior.grid != g.grid, f"prior.pt has {prior.grid**2} tokens an image, generator.pt {g.grid**2}"),
+        K, p = run.vq.config.codebook_size, run.prior.config
+        problems += [(p.grid**2 != g.codes, f"prior.pt has {p.grid**2} codes an image, generator.pt {g.codes}"),
+                     (p.grid * run.vq.stride != run.pixels, "vq.pt and kl.pt make pictures of different sizes"),
+                     ({K, p.vocab} != {g.vocab}, f"vq.pt, prior.pt, generator.pt know {K}, {p.vocab}, {g.vocab} codes"),
+                     (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
                      (run.prior.about.get("classes", run.classes) != run.classes,
                       "prior.pt and generator.pt have other classes, or another order of them")]
-    for model in (run.prior, run.generator):
-        for kind, tokenizer in (("vq", run.vq), ("kl", run.kl)):
-            trained_with = model.about.get("tokenizers", {}).get(kind) if model and tokenizer else None
-            other = trained_with and trained_with != checkpoints.checksum(tokenizer.state_dict())
+    for model in filter(None, (run.prior, run.generator)):
+        for kind, trained_with in model.about.get("tokenizers", {}).items():
+            other = getattr(run, kind) and checkpoints.checksum(getattr(run, kind).state_dict()) != trained_with
             problems.append((other, f"{kind}.pt is not the tokenizer that the others were trained with"))
-    for wrong, text in problems:
-        if wrong:
-            raise UserError(f"the files of {path} do not belong together: {text}.")
+    refuse((wrong, f"the files of {path} do not belong together: {what}") for wrong, what in problems)
 
 
-def find_classes(classes: list, text: str) -> list[int]:
-    """External ids or names, separated by commas, or `all` -> indices."""
-    if text == "all":
+def find_classes(classes: list, wanted) -> list[int]:
+    """Strings, numbers or a tensor, as the head of this file says -> indices."""
+    if isinstance(wanted, torch.Tensor):
+        refuse([(((wanted < 0) | (wanted > len(classes))).any(), "a tensor of classes holds indices: "
+                 f"0 to {len(classes) - 1} for this run, {len(classes)} for the null class")])
+        return wanted.flatten().tolist()
+    if not isinstance(wanted, str) and hasattr(wanted, "__iter__"):
+        return [i for one in wanted for i in find_classes(classes, one)]
+    if wanted == "all":
         return list(range(len(classes)))
+    text, is_number = str(wanted).strip().lower(), not isinstance(wanted, str)
     found = [i for i, (identity, name) in enumerate(classes)
-             if text.strip().lower() in (str(identity), name.lower(), name.lower().replace(" ", "_"))]
+             if text in (str(identity), name.lower(), name.lower().replace(" ", "_")) or is_number and i == wanted]
     if len(found) == 1:
         return found
     if len(found) > 1:
-        ids = ", ".join(str(classes[i][0]) for i in found)
-        raise UserError(f"{text!r} is the name of several classes; give one of the ids {ids}.")
+        ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * is_number
+        raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}.")
     if "," in text:  # after the whole text: some of ImageNet's names have commas
-        return [i for part in text.split(",") for i in find_classes(classes, part)]
-    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + (", ..." if len(classes) > 40 else "")
-    raise UserError(f"this run knows no class {text!r}; it knows: {known}")
+        return [i for part in wanted.split(",") for i in find_classes(classes, part)]
+    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + ", ..." * (len(classes) > 40)
+    raise UserError(f"this run knows no class {wanted!r}; it knows: {known}")
 
 
-# ---------------------------------------------------------------------------------------------------------- a picture
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+@dataclass
+class Samples:
+    """B pictures, uint8 [B, 3, H, W]. Without a prior coarse and codes are None."""
+    images: torch.Tensor
+    coarse: torch.Tensor | None  # the decoded codes, as large as the images
+    codes: torch.Tensor | None   # [B, L]
+    frames: tuple = ()           # when asked for: the images after every iteration, on the CPU
+
+    def pil(self) -> list:
+        """The images as B PIL images, to show or save."""
+        return to_pil(self.images)
+
 
 @torch.inference_mode()
-def start_from(run: Run, path: str, mask: str | None = None) -> Start:
-    """--edit, with a mask: codes and latents where it is white. --like, without: all codes, no latents."""
-    f, h = run.kl.stride, run.generator.config.grid
-    pictures = []
-    for file in [path, mask] if mask else [path]:
-        pixels = read_image(file, None, upright=True)                                            # [3, H, W]
-        if pixels is None:
-            raise UserError(f"{file} is not there, or is no readable image.")
-        pictures.append(Image.fromarray(pixels.transpose(1, 2, 0)))
-    if len({p.size for p in pictures}) > 1:
-        raise UserError(f"{mask} must be as large as {path}: {pictures[0].width} x {pictures[0].height} pixels.")
-    pixels, *white = (np.asarray(center_crop(p, h * f)).transpose(2, 0, 1).copy() for p in pictures)
-    keep = torch.zeros(h, h, dtype=torch.bool, device=run.device)
-    if mask:  # a token stays if all of its pixels do, after the crop to what the run draws
-        white = torch.from_numpy(white[0].min(0) >= 128).to(run.device)                          # [h*f, h*f]
-        keep = white.view(h, f, h, f).all(3).all(1)                                              # [h, h]
-        if keep.all():
-            raise UserError(f"{mask} keeps all {h * h} tokens; black in it says what to draw anew.")
-        if not keep.any():
-            raise UserError(f"{mask} keeps none of the {h * h} tokens; white in it says what stays.")
-    x, codes, coarse = to_float(pixels)[None].to(run.device), None, None
-    # the mean of the posterior, so that a picture has one reading
-    moments = run.kl.encode(x)
-    latents = run.kl.sample(moments, torch.zeros_like(moments.chunk(2, 1)[0]))[0]
-    if run.vq is not None:
-        codes = run.vq.encode(x)[0]
-        coarse = to_uint8(run.vq.decode(codes[None]))
-        codes = torch.where(keep.flatten(), codes, -1) if mask else codes
-    stays = keep.repeat_interleave(f, 0).repeat_interleave(f, 1) if mask else torch.ones_like(x[0], dtype=torch.bool)
-    shown = torch.where(stays, torch.from_numpy(pixels).to(run.device), 128).to(torch.uint8)
-    return Start(codes, latents, keep.flatten(), Samples(shown[None], coarse, codes))
+def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
+             start: "Start | None" = None, frames=False, plain=False, **settings) -> Samples:
+    """B classes -> B pictures, drawn together.
 
+    classes    names, ids or indices, as the head of this file says; in a tensor, index n of n classes is the null class
+    indices    the numbers of the pictures, 0 to B-1 by default: each seeds the noise of its picture
+    sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
+    progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
+    start      what all pictures start from: start_edit or start_like
+    frames     True keeps the pictures after every iteration too; latents that are not drawn yet are zero
+    plain      the textbook loops of prior.py and generator.py, the same pictures to rounding
+    """
+    s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
+    classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
+    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
+    B, codes, seen = len(classes), None, []
+    generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
+    to_batch = lambda x: x.expand(B, *x.shape)
+    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
+        # in bf16 on CUDA, but for the diffusion head, which stays in fp32
+        advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
-# ----------------------------------------------------------------------------------------------------------- sample
+        def after_iteration(latents):
+            advance((0.9 if run.prior else 1.0) / s.iterations)  # the prior takes about a tenth of the time
+            if frames:
+                seen.append(latents)
 
-def to_uint8(images):
-    """[-1, 1] float -> uint8, MAR's rounding: round(clip((x + 1) / 2 * 255, 0, 255))."""
-    if not torch.isfinite(images).all():
-        raise UserError("the models gave values that are not finite; the weights are damaged or were trained badly.")
-    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        if plain:
+            draw_codes, draw_latents = Prior.generate, Generator.generate
+        else:
+            run.null = run.null or fast.null_condition(run.generator)
+            draw_codes, draw_latents = fast.generate_codes, partial(fast.generate, null=run.null, graphs=run.graphs)
+        if run.prior is not None:
+            codes = draw_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
+                               start and to_batch(start.codes), lambda: advance(0.1 / run.prior.config.grid**2))
+        latents = draw_latents(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
+                               generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, watch=after_iteration,
+                               start=start and (to_batch(start.latents), to_batch(start.keep)))
+    coarse = None if codes is None else to_uint8(run.vq.decode(codes))
+    seen = tuple(to_uint8(run.kl.decode(x)).cpu() for x in seen)
+    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes, seen)
 
 
 def annealed(text: str, iterations: int) -> list[int]:
@@ -193,54 +218,120 @@ def annealed(text: str, iterations: int) -> list[int]:
     return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
 
 
+def check_sampling(run: Run, s: Sampling, start: "Start | None" = None) -> Sampling:
+    """Returns s, or raises the sentence that says what is wrong with it."""
+    L = run.generator.config.grid**2 if start is None else int((~start.keep).sum())
+    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
+    refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens to draw"),
+            (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
+            (not 1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+             f"--steps must be between 1 and {s.t_max + 1}, and both numbers of --anneal too"),
+            (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
+            (not (s.prior_temperature > 0 and s.temperature >= 0),
+             "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
+            (not all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
+             "--cfg, --prior-cfg and the temperatures must be finite"),
+            (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
+    return s
+
+
+def to_uint8(images):
+    """[-1, 1] float -> uint8, MAR's rounding: round(clip((x + 1) / 2 * 255, 0, 255))."""
+    refuse([(not torch.isfinite(images).all(),
+             "the models gave values that are not finite; the weights are damaged or were trained badly")])
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def to_pil(images) -> list:  # uint8 [B, 3, H, W] -> B PIL images
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# ---------------------------------------------------------------------------------------------- a picture to start from
+
+@dataclass
+class Start:
+    """What is known of a picture before it is drawn. Known codes and latents stay as they are, to the bit."""
+    codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
+    latents: torch.Tensor        # [L, C]
+    keep: torch.Tensor           # [L] bool, tokens whose latents are known
+    shown: Samples               # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
+
+
 @torch.inference_mode()
-def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
-             start: Start | None = None, frames: list | None = None) -> Samples:
-    """classes: B class indices (0..n-1) -> B pictures. indices: the global index of each, which seeds its noise.
+def start_edit(run: Run, path: str, mask: str) -> Start:
+    """--edit PATH --keep MASK: what is white in the mask stays, codes and latents alike; the rest is drawn."""
+    picture, white = open_picture(path), open_picture(mask)
+    W, H = picture.size
+    refuse([(white.size != (W, H), f"{mask} must be as large as {path}: {W} x {H} pixels")])
+    white = torch.from_numpy(np.asarray(center_crop(white, run.pixels)).min(2) >= 128).to(run.device)    # [H, W]
+    h = run.generator.config.grid
+    keep, side = whole_tokens(white, h), run.pixels // h
+    refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
+            (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
+    latents, whole = tokenise(run, picture)
+    codes = None if run.prior is None else torch.where(whole_tokens(white, run.prior.config.grid), whole.codes[0], -1)
+    stays = keep.view(h, h).repeat_interleave(side, 0).repeat_interleave(side, 1)                        # [H, W]
+    shown = torch.where(stays, whole.images, 128).to(torch.uint8)
+    return Start(codes, latents, keep, replace(whole, images=shown))
 
-    progress: called with a number from 0 to 1, the share of work done since the last call. start: what all B start
-    from. frames: gets the pictures after every iteration, uint8 [B, 3, H, W], unknown latents decoded as zeros.
+
+@torch.inference_mode()
+def start_like(run: Run, path: str) -> Start:
+    """--like PATH: all codes of the picture stay, and all latents are drawn."""
+    refuse([(run.prior is None, "--like: this run has no codes to take")])
+    latents, whole = tokenise(run, open_picture(path))
+    return Start(whole.codes[0], latents, torch.zeros(len(latents), dtype=torch.bool, device=run.device), whole)
+
+
+def open_picture(path) -> Image.Image:
+    pixels = read_image(path, None, upright=True)                                        # [3, H, W]
+    refuse([(pixels is None, f"{path} is not there, or is no readable image")])
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+def whole_tokens(white, grid):
+    """[H, W] bool -> [grid * grid] bool: a token stays if all of its pixels do."""
+    side = len(white) // grid
+    return white.view(grid, side, grid, side).all(3).all(1).flatten()
+
+
+def tokenise(run: Run, picture: Image.Image):
+    """-> latents [L, C] of the centre crop; the crop with its codes and decoded codes, a batch of one."""
+    pixels = np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]       # [1, 3, H, W]
+    x = to_float(pixels).to(run.device)
+    moments = run.kl.encode(x)
+    latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]    # the posterior's mean
+    codes = None if run.vq is None else run.vq.encode(x)
+    coarse = None if run.vq is None else to_uint8(run.vq.decode(codes))
+    return latents, Samples(torch.tensor(pixels, device=run.device), coarse, codes)
+
+
+# -------------------------------------------------------------------------------------------------- grids and folders
+
+CHUNK = "d2c"  # the name of the text chunk of our PNG files
+
+
+def grid(images: torch.Tensor, columns: int, classes: int = 1, first: torch.Tensor | None = None) -> Image.Image:
+    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images; `first` [3, H, W] begins each row.
+
+    One class fills row after row. Of several, image i is of class i % classes, and each class has a row.
     """
-    s, B = sampling or run.sampling, len(classes)
-    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
-    classes = torch.as_tensor(classes, dtype=torch.long).to(run.device)
-    generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    step = lambda share: (lambda: progress(share)) if progress else lambda: None
-    for_all = lambda x: x.expand(B, *x.shape)
-    codes = coarse = None
-    seen = []  # latents after every iteration
-    with autocast(run.device):  # the prior and the masked autoencoder; the head stays in fp32
-        if run.prior is not None:
-            codes = fast.generate_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                                       watch=step(0.1 / run.prior.config.grid**2),
-                                       given=start and for_all(start.codes))
-        if run.null is None and s.cfg != 1:
-            run.null = fast.null_condition(run.generator)
-        advance, shown = step((0.9 if run.prior else 1.0) / s.iterations), seen.append if frames is not None else id
-        latents = fast.generate(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
-                                         generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, null=run.null,
-                                start=start and (for_all(start.latents), for_all(start.keep)), graphs=run.graphs,
-                                watch=lambda x: (advance(), shown(x)))
-    if run.prior is not None:
-        coarse = to_uint8(run.vq.decode(codes))
-    if frames is not None:
-        frames += [to_uint8(run.kl.decode(x)) for x in seen]
-    return Samples(to_uint8(run.kl.decode(latents)), coarse, codes)
-
-
-def grid(images: torch.Tensor, columns: int, pad: int = 2) -> Image.Image:
-    """uint8 [B, 3, H, W] -> one picture, white between the images."""
-    B, _, H, W = images.shape
-    rows = -(-B // columns)
-    out = np.full((rows * (H + pad) - pad, columns * (W + pad) - pad, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        y, x = i // columns * (H + pad), i % columns * (W + pad)
-        out[y:y + H, x:x + W] = image
+    rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
+    rows = [[*row] if first is None else [first, *row] for row in rows]
+    H, W = images.shape[2:]
+    out = np.full((len(rows) * (H + 2) - 2, max(map(len, rows)) * (W + 2) - 2, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            out[r * (H + 2):, c * (W + 2):][:H, :W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
 
-def save_picture(image: Image.Image, path: str, format="PNG", **options):
-    write_file(path, lambda f: image.save(f, format, **options))
+def save_picture(image: Image.Image, path: str, facts: dict | None = None):
+    """A PNG; `facts` go into a text chunk of it, as JSON, which --about reads."""
+    info = PngInfo()
+    if facts:
+        info.add_text(CHUNK, json.dumps(facts), zip=True)
+    write_file(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
 
 def pack(paths, ids, out):
@@ -258,21 +349,24 @@ def picture_name(run: Run, labels: list, i: int) -> str:
 
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
-    """All that pictures depend on. Weights are the EMA wherever a file has one."""
+    """All that pictures depend on; labels are indices of classes."""
+    return {"sampling": asdict(s), "seed": seed, "classes": labels, "weights": checksums(run),
+            "start": start and checkpoints.checksum({**vars(start), "shown": None})}
+
+
+def checksums(run: Run) -> dict:  # of the weights that draw: the EMA where there is one
     models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
-    return {"sampling": asdict(s), "seed": seed, "classes": labels, "ema": True,
-            "start": start and checkpoints.checksum({**vars(start), "shown": None}),
-            "weights": {kind: checkpoints.checksum(m.state_dict()) for kind, m in models.items() if m}}
+    return {kind: checkpoints.checksum(model.state_dict()) for kind, model in models.items() if model}
 
 
 def read_settings(folder) -> dict | None:
     """What `same_settings` wrote about the pictures in a folder, if anything."""
     path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return None
     try:
         with open(path) as f:
             return dict(json.load(f))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot use {path}: {error}; choose another folder.") from None
 
@@ -283,16 +377,44 @@ def same_settings(out, settings, num, world):
     `num`, the most pictures asked for so far, lets fid.py see that some are missing.
     """
     if world.rank == 0:
-        there = read_settings(out)
-        if there is None and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png")):
-            raise UserError(f"{out} holds pictures that sample.py knows nothing of; choose another --out.")
-        there = there or {}
-        if changed := [k for k in settings if there and there.get(k) != settings[k]]:
-            raise UserError(f"{out} holds pictures made with other {', '.join(changed)}; choose another --out.")
+        there = read_settings(out) or {}
+        strangers = not there and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png"))
+        changed = [k for k in settings if there and there.get(k) != settings[k]]
+        refuse([(strangers, f"{out} holds pictures that sample.py knows nothing of; choose another --out"),
+                (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
         sweep(out)
         content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
         write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))
     barrier()
+
+
+def about(path: str):
+    """--about PICTURE.png: prints what the picture says about itself; the last line is the command."""
+    try:
+        with Image.open(path) as image:
+            facts = json.loads(image.info[CHUNK])
+        command, weights, run = facts.pop("command"), facts["weights"], facts["run"] or TINY
+    except (OSError, SyntaxError, LookupError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} does not say how it was made; only PNG files of sample.py do, unchanged.") from None
+    print(json.dumps(facts, indent=1), command, sep="\n")
+    if os.path.isdir(run) and checksums(load_run(run)) != weights:
+        print(f"note: {run} holds other weights now, so the command will draw other pictures.", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@dataclass
+class Job:
+    """What one command draws."""
+    args: argparse.Namespace
+    sampling: Sampling
+    labels: list         # indices of the classes; picture i is of labels[i % len(labels)]
+    num: int
+    start: Start | None
+
+    def view(self, samples: Samples) -> torch.Tensor:
+        """What is saved of samples: the pictures [B, 3, H, W], with --show-coarse beside their decoded codes."""
+        return torch.cat([samples.coarse, samples.images], dim=3) if self.args.show_coarse else samples.images
 
 
 def add_sampling_flags(parser):
@@ -303,29 +425,15 @@ def add_sampling_flags(parser):
 
 def choose_sampling(args, run: Run) -> Sampling:
     """What the run recommends, under the flags that were given."""
-    s = replace(run.sampling, **{f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None})
-    L = run.generator.config.grid**2
-    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
-    checks = [(1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens of an image"),
-              (0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-              (1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
-               f"--steps must be between 1 and {s.t_max + 1}, those of --anneal too"),
-              (s.schedule in ("linear", "constant"), "--schedule must be linear or constant"),
-              (s.prior_temperature > 0 and s.temperature >= 0,
-               "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
-              (all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
-               "--cfg, --prior-cfg and the temperatures must be finite"),
-              (s.top_k >= 0 and 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
-    return s
+    given = {f.name: v for f in fields(Sampling) if (v := getattr(args, f.name)) is not None}
+    return check_sampling(run, replace(run.sampling, **given))
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class", dest="class_", required=True, metavar="CLASS",
-                        help="id or name, several with commas, or all")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
+    one.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
     parser.add_argument("--seed", type=int, default=0)
@@ -333,101 +441,108 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
-    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew, see --keep")
-    parser.add_argument("--keep", metavar="MASK", help="white: what stays of it; as large as the picture")
+    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew; needs --keep")
+    parser.add_argument("--keep", metavar="MASK", help="a picture as large as IMAGE; what is white in it stays")
     parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--plain", action="store_true", help="the textbook loops: the same pictures, slower")
     parser.add_argument("--graphs", action="store_true", help="replay the head's step loop as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the generator's blocks")
     parser.add_argument("--dry-run", action="store_true", help="say what would be drawn, and stop")
     add_sampling_flags(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    world = setup(args.device)
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = load_run(args.run or os.path.join(here, "weights", "tiny"), world.device)
-    s = choose_sampling(args, run)
-    if args.num is not None and args.num < 1 or args.batch < 1:
-        raise UserError("--num and --batch must be at least 1.")
-    if "" in (args.edit, args.keep, args.like):
-        raise UserError("--edit, --keep and --like take the name of a file.")
-    if (args.edit is None) != (args.keep is None):
-        raise UserError("--edit IMAGE and --keep MASK need each other.")
-    if args.edit and args.like:
-        raise UserError("--edit and --like exclude each other.")
-    if args.like and run.prior is None:
-        raise UserError("--like: this run has no codes to take.")
-    if args.frames and not args.frames.lower().endswith(".gif"):
-        raise UserError("--frames takes FILE.gif.")
-    if args.graphs:
-        if run.device.type != "cuda":
-            raise UserError("--graphs is for CUDA.")
-        run.graphs = fast.Graphs()
-    if args.compile:
-        fast.compile_blocks()
-    labels = find_classes(run.classes, args.class_)
+
+def is_grid(out: str) -> bool:
+    return out.lower().endswith(".png")
+
+
+def make_job(args, run: Run, world) -> Job:
+    """Checks all that can be wrong with a command before anything is drawn."""
+    refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
+            ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
+            ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
+            (args.edit and args.like, "--edit and --like exclude each other"),
+            (args.frames and not (args.frames.lower().endswith(".gif") and is_grid(args.out)),
+             "--frames takes FILE.gif and shows a grid, so --out must be FILE.png"),
+            (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
+             f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
+            (args.show_coarse and run.prior is None, "--show-coarse: this run has no codes to show"),
+            (args.plain and (args.graphs or args.compile), "--plain excludes --graphs and --compile"),
+            (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
+    s, labels, start = choose_sampling(args, run), find_classes(run.classes, args.class_), None
     num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
-    to_grid = args.out.lower().endswith(".png")
-    if args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")):
-        raise UserError(f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}.")
-    folder = args.out.removesuffix(".npz")
-    if to_grid and (world.size > 1 or num > 256):
-        raise UserError("for more than 256 pictures or several ranks give a folder: --out DIR.")
-    if args.frames and not to_grid:
-        raise UserError("--frames shows a grid, so --out must be FILE.png.")
-    if args.show_coarse and run.prior is None:
-        raise UserError("--show-coarse: this run has no codes to show.")
-    start = start_from(run, args.edit or args.like, args.keep) if args.edit or args.like else None
-    if start and (free := int((~start.keep).sum())) < s.iterations:
-        print0(f"note: {free} tokens to draw, so as many iterations")
-        s = replace(s, iterations=free)
-    print0(f"{num} pictures of {len(labels)} class{'es' if len(labels) > 1 else ''}, seed {args.seed}: "
-           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(s).items()))
+    refuse([(is_grid(args.out) and (world.size > 1 or num > 256),
+             "for more than 256 pictures or several ranks give a folder: --out DIR")])
+    if args.edit or args.like:
+        start = start_edit(run, args.edit, args.keep) if args.edit else start_like(run, args.like)
+        free = int((~start.keep).sum())
+        if free < s.iterations:
+            print0(f"note: the mask leaves {free} tokens to draw, so --iterations is {free}")
+            s = replace(s, iterations=free)
+    return Job(args, s, labels, num, start)
+
+
+def draw(run: Run, job: Job, numbers, world):
+    """Draws the pictures of these numbers -> yields, batch by batch, their numbers and the Samples."""
+    args = job.args
+    with tqdm(total=len(numbers), bar_format=BAR, disable=world.rank > 0) as bar:
+        for batch in (numbers[a:a + args.batch] for a in range(0, len(numbers), args.batch)):
+            classes = torch.tensor([job.labels[i % len(job.labels)] for i in batch])
+            advance = lambda share: bar.update(min(share * len(batch), bar.total - bar.n))
+            yield batch, generate(run, classes, args.seed, batch, job.sampling, advance, job.start,
+                                  frames=bool(args.frames), plain=args.plain)
+
+
+def write_grid(run: Run, job: Job, facts: dict, origin: dict, world):
+    """--out FILE.png, and --frames FILE.gif: one picture each; a row begins with the picture that was edited."""
+    samples, n = [s for _, s in draw(run, job, range(job.num), world)], len(job.labels)
+    columns = math.ceil(job.num / int(job.num**0.5))  # a single class fills nearly a square
+    first = job.start and job.view(job.start.shown)[0]
+    save_picture(grid(torch.cat([job.view(s) for s in samples]), columns, n, first), job.args.out, {**facts, **origin})
+    if job.args.frames:
+        first = job.start and job.start.shown.images[0]
+        film = [grid(torch.cat(moment), columns, n, first) for moment in zip(*(s.frames for s in samples))]
+        options = dict(save_all=True, append_images=film[1:], loop=0, duration=[120] * (len(film) - 1) + [2000])  # ms
+        write_file(job.args.frames, lambda f: film[0].save(f, "GIF", **options))
+
+
+def write_folder(run: Run, job: Job, facts: dict, origin: dict, world):
+    """--out DIR: the pictures of this rank that DIR lacks. --out FILE.npz: then all of them as one file."""
+    folder = job.args.out.removesuffix(".npz")
+    same_settings(folder, facts, job.num, world)
+    names = [picture_name(run, job.labels, i) for i in range(job.num)]
+    paths = [os.path.join(folder, name) for name in names]
+    missing = [i for i in range(world.rank, job.num, world.size) if not os.path.exists(paths[i])]
+    for numbers, samples in draw(run, job, missing, world):
+        for i, picture in zip(numbers, to_pil(job.view(samples))):
+            save_picture(picture, paths[i], {**facts, **origin, "file": names[i]})
+    barrier()
+    if folder != job.args.out and world.rank == 0:
+        pack(paths, [int(os.path.dirname(name)) for name in names], job.args.out)
+
+
+def main():
+    args = parse()
+    if args.about:
+        return about(args.about)
+    world = setup(args.device)
+    run = load_run(args.run or TINY, world.device)
+    job = make_job(args, run, world)
+    print0(f"{job.num} pictures of {len(job.labels)} class{'es' if len(job.labels) > 1 else ''}, seed {args.seed}: "
+           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(job.sampling).items()))
     if args.dry_run:
         return
-
-    if not to_grid:
-        same_settings(folder, {**describe(run, s, args.seed, labels, start), "coarse": args.show_coarse}, num, world)
-    path = lambda i: os.path.join(folder, picture_name(run, labels, i))
-    mine = range(world.rank, num, world.size)
-    todo = list(mine) if to_grid else [i for i in mine if not os.path.exists(path(i))]
-    begun, pictures, frames = time.time(), {}, {}
-    beside = lambda o: torch.cat([o.coarse, o.images], dim=3) if args.show_coarse else o.images
-    look = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-    with tqdm(total=len(todo), disable=world.rank > 0, bar_format=look) as bar:
-        for chunk in (todo[a:a + args.batch] for a in range(0, len(todo), args.batch)):
-            advance = lambda share: bar.update(min(share * len(chunk), bar.total - bar.n))
-            seen = [] if args.frames else None
-            out = generate(run, [labels[i % len(labels)] for i in chunk], args.seed, chunk, s, advance, start, seen)
-            for k, i in enumerate(chunk):
-                image = beside(out)[k].cpu()
-                if to_grid:
-                    pictures[i] = image
-                    frames[i] = [frame[k].cpu() for frame in seen or ()]
-                else:
-                    save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), path(i))
-    if to_grid:  # one class a row
-        several = len(labels) > 1
-        rows = len(labels) if several else int(num**0.5)
-        columns = -(-num // rows)
-        places = [[c * rows + r if several else r * columns + c for c in range(columns)] for r in range(rows)]
-
-        def arrange(pictures, first):
-            """A grid; before each row the picture it started from, if any."""
-            white = torch.full_like(pictures[0], 255)
-            cells = [x for row in places for x in first + [pictures.get(i, white) for i in row]]
-            return grid(torch.stack(cells), columns + len(first))
-        save_picture(arrange(pictures, [beside(start.shown)[0].cpu()] if start else []), args.out)
-        if args.frames:
-            still = [start.shown.images[0].cpu()] if start else []
-            film = [arrange({i: f[k] for i, f in frames.items()}, still) for k in range(s.iterations)]
-            save_picture(film[0], args.frames, "GIF", save_all=True, append_images=film[1:], loop=0,
-                         duration=[120] * (len(film) - 1) + [2000])  # milliseconds
+    run.graphs = fast.Graphs() if args.graphs else None
+    if args.compile:
+        fast.compile_blocks()
+    begun = time.time()
+    facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
+    origin = {"class": args.class_, "num": job.num, "run": args.run,
+              "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
+    (write_grid if is_grid(args.out) else write_folder)(run, job, facts, origin, world)
     barrier()
-    if folder != args.out and world.rank == 0:
-        pack([path(i) for i in range(num)], [run.classes[labels[i % len(labels)]][0] for i in range(num)], args.out)
-    barrier()
-    print0(f"{args.out}: {num} pictures, {time.time() - begun:.1f} s")
+    print0(f"{args.out}: {job.num} pictures, {time.time() - begun:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""Tokenizers: an image as discrete codes (VQ) and as continuous latents (KL). Frozen in stages 1 and 2. D2C section 3.
+"""Tokenizers: an image as discrete codes (VQ) and as continuous latents (KL). D2C (2503.17155) section 3.
 
-    VQ.encode   images [B, 3, h*f, w*f] in [-1, 1] -> codes [B, L] int64, raster order        L = h*w codes, stride f
-    VQ.decode   codes [B, L]                       -> images [B, 3, h*f, w*f]
-    KL.encode   images                             -> moments [B, 2C, h, w]: posterior mean and log-variance
-    KL.sample   moments                            -> latents [B, L, C], scaled to about unit variance
+    VQ.encode   images [B, 3, h*f, h*f] in [-1, 1] -> codes [B, h*h] int64, raster order               stride f
+    VQ.decode   codes [B, h*h]                     -> images [B, 3, h*f, h*f]
+    KL.encode   images                             -> moments [B, 2z, h, h]: posterior mean and log-variance
+    KL.sample   moments                            -> latents [B, L, C], drawn, scaled to a standard deviation of 1
     KL.decode   latents [B, L, C]                  -> images
 
-With the official files f is 16: an image of 256 x 256 pixels is 256 codes and 256 latents. Grids are square.
+z is z_channels. Usually C = z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
+C = z*m*m and L = h*h/(m*m). With the official files f is 16: an image of 256 x 256 pixels is 256 codes and 256 latents.
 
-Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). VQ follows LlamaGen (2406.06525), KL
-follows the kl-f16 that MAR uses (2406.11838); the defaults are their sizes. `data.py` calls encode, `sample.py`
-calls decode, `train.py --stage 0` calls loss.
+Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). The default sizes are those of LlamaGen's
+VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
+codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
-The way of the latent scale. The generator wants latents of unit variance. `latent_scale` measures 1 / std on images:
-stage 0 at its end (the number goes into kl.pt), data.py when it makes a cache. KL.sample multiplies by config.scale,
-KL.decode divides by it; nothing else does. MAR's kl16.ckpt has 0.2325. A file with another scale than its training
-gives grey or garish pictures, so a generator's file repeats the scale of its training.
+The latent scale. Stage 2 wants latents with a standard deviation of 1. `latent_scale` measures the factor: stage 0
+stores it in kl.pt at its end; data.py measures it again on a cache, stores it there and warns when it differs by more
+than 5%. KL.sample multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with
+another scale than that of stage 2's training gives wrong contrast, so the generator's file stores the number too.
 
-This file has the name of a Hugging Face package, so code that runs from this folder cannot import `transformers`.
+This file hides Hugging Face's package of the same name, which `transformers` imports. Code that runs from this folder
+can therefore not import `transformers`.
 """
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -32,33 +34,33 @@ from torch.nn import functional as F
 class VQConfig:
     ch: int = 128                     # channels at the highest resolution
     ch_mult: tuple = (1, 1, 2, 2, 4)  # times ch, per level; each level but the last halves the resolution
-    z_channels: int = 256
-    codebook_size: int = 16384
-    codebook_dim: int = 8
+    z_channels: int = 256             # width before quant_conv
+    codebook_size: int = 16384        # K
+    codebook_dim: int = 8             # d
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
-    unshuffle: int = 1                # small models: squares of u x u pixels become channels, convolutions start at 1/u
-    linear_path: bool = False         # small models: a linear map of tiles beside the convolutions, see Autoencoder
-    lapped: bool = False              # of the linear path: tiles that overlap
+    unshuffle: int = 1                # small models: u x u pixels become channels; the first convolution sees 1/u
+    linear_path: bool = False         # small models: a linear map of tiles in parallel, see Autoencoder
+    lapped: bool = False              # of the linear path: filter the borders of tiles, see border_filter
 
 
 @dataclass(frozen=True)
 class KLConfig:
     ch: int = 128
     ch_mult: tuple = (1, 1, 2, 2, 4)
-    z_channels: int = 16
-    encoder_attention: bool = True    # attention at the lowest level, besides the one in the middle
-    decoder_attention: bool = False   # MAR's kl16 has none here; CompVis' kl-f16 and VA-VAE do
-    scale: float | None = 0.2325      # 1 / std of the latents of MAR's kl16.ckpt; None: not measured yet
-    blocks: int = 2
+    z_channels: int = 16              # z
+    encoder_attention: bool = True    # at the lowest resolution, besides the attention in the middle
+    decoder_attention: bool = False   # MAR's kl16 has none here; CompVis' kl-f16 and VA-VAE have it
+    scale: float | None = 0.2325      # 1 / std of the latents, here of MAR's kl16.ckpt; None: not measured yet
+    blocks: int = 2                   # these four as in VQConfig
     unshuffle: int = 1
     linear_path: bool = False
     lapped: bool = False
-    patch: int = 1                    # patch x patch positions make one latent of patch^2 z_channels (MAR's patch_size)
+    merge: int = 1                    # m: m x m positions make one latent of m^2 z channels (MAR's patch_size)
     noise: float = 0.0                # training: the most noise added to latents, in their standard deviations
 
     @property
     def token_dim(self):  # C
-        return self.z_channels * self.patch**2
+        return self.z_channels * self.merge**2
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks
@@ -96,7 +98,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked, then a change of resolution."""
+    """Residual blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
 
     def __init__(self, cin, cout, blocks, attention, resample):
         super().__init__()
@@ -118,7 +120,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as in LDM: a symmetric pad shifts the image
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM's weights expect
 
 
 class Upsample(nn.Module):
@@ -175,11 +177,14 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What VQ and KL share: images -> `encoded` channels on a grid of `stride` pixels; `decoded` channels -> images.
+    """What VQ and KL share: images to a grid with a position per stride x stride pixels, and back.
 
-    With `linear_path` a linear map of each tile of stride x stride pixels runs beside the convolutions, in and out.
-    `fit_linear_path` sets the map to the principal components of real tiles while the convolutions start at zero:
-    training then begins at the quality of a PCA codec, where a small convolutional network would arrive after hours.
+    encoded, decoded: the numbers of channels that to_grid returns and that to_images takes.
+
+    With `linear_path` two linear maps of tiles, of stride x stride pixels each, run in parallel to encoder and decoder:
+    patch_in and patch_out. The last layer of each convolutional branch then starts at zero, and fit_linear_path of the
+    subclasses sets the maps to principal components of real tiles. So training starts at the quality of a PCA codec,
+    which a small network alone needs hours to reach.
     """
 
     def __init__(self, c, encoded, decoded, encoder_out, encoder_attention, decoder_attention):
@@ -193,7 +198,8 @@ class Autoencoder(nn.Module):
             self.patch_in = nn.Conv2d(3, encoded, self.stride, self.stride)
             self.patch_out = nn.ConvTranspose2d(decoded, 3, self.stride, self.stride)
             for layer in (self.quant_conv, self.decoder.conv_out):
-                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
             if c.lapped:
                 self.register_buffer("border", border_filter(self.stride), persistent=False)
 
@@ -206,36 +212,40 @@ class Autoencoder(nn.Module):
         return images + self.lap(self.patch_out(z), back=True) if self.config.linear_path else images
 
     def lap(self, images, back=False):
-        """Applies the border filter across every border between tiles, in rows and in columns; `back` undoes it."""
+        """Applies the border filter across every border between tiles; `back` undoes it. The outer half of the tiles
+        at the edge of the image, which have no neighbour, stays as it is.
+        """
         if not self.config.lapped:
             return images
-        half, matrix = self.stride // 2, self.border if back else self.border.T
-        for _ in range(2):  # along rows, then, transposed, along columns
+        half, matrix = self.stride // 2, self.border if back else self.border.T  # pixels are row vectors here
+        for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
             across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix        # [..., borders, stride]
             images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
         return images
 
-    def tiles(self, images):  # [N, 3, H, W] -> [N*L, 3*stride^2], what patch_in sees of each tile
+    def tiles(self, images):  # [N, 3, H, W] -> [N*h*h, 3*stride^2], filtered, as patch_in sees them
         return F.unfold(self.lap(images), self.stride, stride=self.stride).mT.flatten(0, 1)
 
     def set_patch_in(self, axes, bias, constant):
-        """The first k channels become the map axes [k, 3*stride^2] with bias [k]; the others are a constant."""
+        """Channels :k become axes [k, 3*stride^2] @ tile + bias [k]; all other channels become `constant`."""
         k = len(axes)
-        self.patch_in.weight.zero_()[:k] = axes.view(k, 3, self.stride, self.stride)
-        self.patch_in.bias.fill_(constant)[:k] = bias
+        self.patch_in.weight.zero_()
+        self.patch_in.bias.fill_(constant)
+        self.patch_in.weight[:k] = axes.view(k, 3, self.stride, self.stride)
+        self.patch_in.bias[:k] = bias
 
     def set_patch_out(self, z, tiles):
-        """The map from z [N*L, decoded] back to the tiles, by least squares."""
+        """The map from z [N*h*h, decoded] back to the tiles, by least squares."""
         fit = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1), tiles).solution
         self.patch_out.weight.copy_(fit[:-1].view(-1, 3, self.stride, self.stride))
-        self.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))     # the layer has one bias per colour
+        self.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))     # the layer has but one bias per colour
 
 
 def principal_axes(tiles, k):
-    """The first k principal components of tiles [n, d] -> [k, d], each divided by the square root of its deviation.
+    """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
 
-    Dividing by the deviation itself (whitening) would give noise-like details the weight of the mean colour; without
-    any division the mean colour would drown the details.
+    Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
+    Without any division the mean colour would drown the details.
     """
     variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
     return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
@@ -244,9 +254,10 @@ def principal_axes(tiles, k):
 def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
-    A tile after this filter holds a smooth window of twice its width: tile by tile, any orthogonal transform becomes a
-    lapped orthogonal transform (Malvar & Staelin 1989, in the time-domain form of Tran, Liang & Tu 2003). An error of
-    one tile's latent then fades out over its neighbours, where it would end in an edge, and pictures show no grid.
+    After the filter each tile depends on pixels up to half a tile beyond its borders. Principal components of filtered
+    tiles are therefore smooth windows of twice the width of a tile: a lapped transform (Malvar & Staelin 1989, in the
+    time-domain form of Tran, Liang & Tu 2003). Without the filter an error in one latent makes an edge at the border of
+    its tile, and a picture shows a grid. With the filter the error fades into the neighbours.
     """
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
@@ -254,15 +265,16 @@ def border_filter(stride):
     dct2[0] /= 2**0.5
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])         # sums, and differences
-    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)                          # of the differences only
+    # sums and differences of pixels that mirror each other across the border
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])
+    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)                      # of the differences only
     return (butterfly @ rotation @ butterfly / 2).float()
 
 
 # -------------------------------------------------------------------------------------------------------------- VQ
 
 class VQ(Autoencoder):
-    """Discrete tokenizer: the nearest of K codes on the unit sphere, by cosine similarity."""
+    """Discrete tokenizer: the nearest of K vectors on the unit sphere, by cosine similarity. A code is its index."""
 
     def __init__(self, c: VQConfig):
         super().__init__(c, encoded=c.codebook_dim, decoded=c.codebook_dim, encoder_out=c.z_channels,
@@ -273,7 +285,7 @@ class VQ(Autoencoder):
         self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # since the last restart
 
     def _quantize(self, images):
-        """-> unit vectors [B, d, h, w], codes [B, L], code vectors [B, d, h, w]. fp32: cosines near 1 tie in bf16."""
+        """-> unit vectors [B, d, h, h], codes [B, h*h], their vectors [B, d, h, h]. In fp32: bf16 is too coarse."""
         z = self.to_grid(images)
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)                                     # [B, d, h, w]
@@ -296,17 +308,19 @@ class VQ(Autoencoder):
     def loss(self, images):
         """-> scalar, reconstruction [B, 3, H, W]. L2 + codebook + 0.25 commitment (VQ-VAE, 1711.00937, Eq. 3).
 
-        LlamaGen adds LPIPS, whose weights cannot be shipped, and a GAN; this repository has neither.
+        LlamaGen also uses LPIPS and a GAN. This repository has neither; LPIPS needs weights that cannot be shipped.
         """
         z, codes, e = self._quantize(images)
         with torch.no_grad():
             self.usage.scatter_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.usage.dtype))
-        recon = self.to_images(z + (e - z).detach())  # straight-through: the decoder sees e, the encoder its gradient
+        recon = self.to_images(z + (e - z).detach())  # straight-through: the decoder sees e; z gets e's gradient
         return F.mse_loss(recon, images) + F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach()), recon
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves codes that no image used since the last call onto encoded vectors of `images`; returns those codes."""
+        """Resets each vector that no image used since the last call to an encoded vector of `images`, at most one per
+        position. Returns the codes of these vectors.
+        """
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -317,17 +331,20 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def fit_linear_path(self, images, generator=None):
-        """Sets linear path and codebook from images [N, 3, H, W]. One of the d dimensions is a constant: the projection
-        to the unit sphere would lose the brightness of a tile without it. For a new model on the CPU.
+        """Sets linear path and codebook from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK).
+
+        One of the d channels is a constant. Without it the projection to the unit sphere would discard the length of
+        the vector: how far a tile is from the mean tile.
         """
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
-        axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                       # about as long as the constant
+        axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                       # a mean length of 1, as the constant
         self.set_patch_in(axes, -axes @ mean, constant=1.0)
         z = F.normalize(self.to_grid(images).flatten(2).mT.flatten(0, 1), dim=1)   # [N*L, d]
         book = z[torch.randperm(len(z), generator=generator)[:self.config.codebook_size]]
         for _ in range(10):                                                        # spherical k-means
             codes = (z @ book.T).argmax(1)
+            # 1e-3 of the old vector: one that no tile chose stays where it was
             book = F.normalize(book * 1e-3 + torch.zeros_like(book).index_add(0, codes, z), dim=1)
         self.codebook.weight[:len(book)] = book
         self.set_patch_out(book[(z @ book.T).argmax(1)], tiles)
@@ -336,58 +353,58 @@ class VQ(Autoencoder):
 # -------------------------------------------------------------------------------------------------------------- KL
 
 class KLDraws(NamedTuple):
-    """The random numbers of one training step for B images."""
-    posterior: torch.Tensor  # [B, C, h, h]
-    strength: torch.Tensor   # [B, 1, 1, 1] in [0, 1), of the noise
-    noise: torch.Tensor      # [B, C, h, h]
+    """The random numbers of one training step, drawn for the whole batch, of which each rank takes its images."""
+    posterior: torch.Tensor  # [B, z, h, h]
+    strength: torch.Tensor   # [B, 1, 1, 1] in [0, 1): of the added noise, per image
+    noise: torch.Tensor      # [B, z, h, h]
 
-    def rows(self, rows):
-        """The draws of some of the images, a slice."""
-        return KLDraws(*(x[rows] for x in self))
+    def rows(self, images):
+        """The numbers of the images in a slice."""
+        return KLDraws(*(x[images] for x in self))
 
 
 class KL(Autoencoder):
-    """Continuous tokenizer: a Gaussian posterior per position. C is z_channels in moments, token_dim in latents."""
+    """Continuous tokenizer: a Gaussian posterior per position."""
 
     def __init__(self, c: KLConfig):
         super().__init__(c, encoded=2 * c.z_channels, decoded=c.z_channels, encoder_out=2 * c.z_channels,
                          encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     def set_scale(self, scale):
-        """The latents' measured 1 / std (`latent_scale`). It is a part of the config, so that files carry it."""
+        """Takes the latents' measured 1 / std (`latent_scale`) into the config, which files store. No other writer."""
         self.config = replace(self.config, scale=scale)
 
     @torch.no_grad()
     def encode(self, images):
-        """images [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w]: mean, then log-variance, unscaled."""
+        """images [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, h]: mean, then log-variance, unscaled."""
         return self.to_grid(images)
 
     @staticmethod
     def posterior(moments):
-        """moments [B, 2C, h, w] -> mean and log-variance, each [B, C, h, w]."""
+        """moments [B, 2z, h, h] -> mean and log-variance, each [B, z, h, h]."""
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def sample(self, moments, noise=None, generator=None):
-        """moments [B, 2C, h, w] -> latents [B, L, C]: drawn from the posterior, scaled, patches merged.
+        """moments [B, 2z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
-        noise: as many numbers as latents, of any shape; zeros give the posterior's mean.
+        noise: B*L*C numbers in any shape; zeros give the posterior's mean.
         """
         mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         z = mean + (0.5 * logvar).exp() * noise.reshape(mean.shape)
-        return F.pixel_unshuffle(z * self.config.scale, self.config.patch).flatten(2).mT
+        return F.pixel_unshuffle(z * self.config.scale, self.config.merge).flatten(2).mT
 
     @torch.no_grad()
     def decode(self, latents):
         """latents [B, L, C], scaled -> images [B, 3, H, W], about [-1, 1]."""
         B, L, C = latents.shape
         z = (latents / self.config.scale).mT.reshape(B, C, isqrt(L), isqrt(L))
-        return self.to_images(F.pixel_shuffle(z, self.config.patch))
+        return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
     def draw(self, B, h, generator=None) -> KLDraws:
-        """Draws what a training step on B images with h positions per side needs, on the model's device."""
+        """Draws the KLDraws of B images with h x h positions, on the model's device."""
         device, shape = self.quant_conv.weight.device, (B, self.config.z_channels, h, h)
         normal = lambda: torch.randn(shape, generator=generator, device=device)
         return KLDraws(normal(), torch.rand(B, 1, 1, 1, generator=generator, device=device), normal())
@@ -395,14 +412,15 @@ class KL(Autoencoder):
     def loss(self, images, draws: KLDraws | None = None):
         """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
 
-        The number 1e-6 is LDM's. It stands beside means over pixels and colours here, beside sums in LDM, so it weighs
-        3HW times more here. With config.noise the decoder reads noised latents (after l-DeTok, 2507.15856): it learns
-        to make a picture of a latent that is not quite right, as a generator's are.
+        The weight 1e-6 is LDM's. LDM sums the reconstruction error over pixels and colours and this code averages it,
+        so the KL term counts 3HW times more here. With config.noise the decoder reads noised latents (l-DeTok,
+        2507.15856, interpolates with noise instead). So it learns to decode imperfect latents, such as stage 2 makes.
         """
         mean, logvar = self.posterior(self.to_grid(images))
         draws = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
         z = mean + (0.5 * logvar).exp() * draws.posterior
         if self.config.noise:
+            # relative to z.std(): the encoder cannot escape the noise with larger latents
             z = z + self.config.noise * draws.strength * z.std() * draws.noise
         reconstruction = self.to_images(z)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
@@ -410,7 +428,7 @@ class KL(Autoencoder):
 
     @torch.no_grad()
     def fit_linear_path(self, images, generator=None):
-        """Sets the linear path from images [N, 3, H, W]. For a new model on the CPU."""
+        """Sets the linear path from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK)."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.z_channels)
         self.set_patch_in(axes, -axes @ mean, constant=-4.0)       # log-variance -4: a standard deviation of 0.14
@@ -419,8 +437,8 @@ class KL(Autoencoder):
 
 
 def latent_scale(batches):
-    """1 / std of latents drawn from moments: an iterable of [n, 2C, h, w] -> float. Sums in float64."""
-    n = total = squares = 0.0
+    """1 / std of posterior samples, from their means and variances: an iterable of moments [n, 2z, h, h] -> float."""
+    n = total = squares = 0.0  # float64
     for moments in batches:
         mean, logvar = (x.double() for x in KL.posterior(moments.cpu()))
         n, total, squares = n + mean.numel(), total + mean.sum(), squares + (mean**2 + logvar.exp()).sum()

@@ -198,7 +198,7 @@ class GeneratorStage(Stage):
                      f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
-        config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.patch, code_grid=self.grid,
+        config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.merge, code_grid=self.grid,
                          classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
         model = generator.Generator(config)
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without a prior the table stays random

@@ -182,31 +182,39 @@ def header_that_is_a_list(c):
     return train(c, 1, data=cache)
 
 
-@case("codes-000.npy is missing or damaged", "make the cache again")
-def truncated_codes(c):
+@case("part-000.npy is missing or damaged", "run the same data.py command again")
+def truncated_cache(c):
     cache = copy_cache(c)
-    os.truncate(f"{cache}/codes-000.npy", os.path.getsize(f"{cache}/codes-000.npy") - 1)
+    os.truncate(f"{cache}/part-000.npy", os.path.getsize(f"{cache}/part-000.npy") - 1)
     return train(c, 1, data=cache)
 
 
-@case("moments-000.npy is missing or damaged")
-def missing_moments(c):
+@case("part-001.npy is missing or damaged")
+def missing_part(c):
     cache = copy_cache(c)
-    os.unlink(f"{cache}/moments-000.npy")
+    os.unlink(f"{cache}/part-001.npy")
     return train(c, 2, data=cache)
 
 
-@case("labels-000.npy (does not fit|is missing or damaged)", "make the cache again")
+@case("part-000.npy is missing or damaged", "run the same data.py command again")
 def array_of_another_cache(c):
     cache = copy_cache(c)
-    np.save(f"{cache}/labels-000.npy", np.zeros(7, np.int32))
+    np.save(f"{cache}/part-000.npy", np.zeros(7, np.int32))
+    return train(c, 1, data=cache)
+
+
+@case("made by another version of data.py", "make the cache again")
+def cache_of_another_format(c):
+    cache = copy_cache(c)
+    header = {k: v for k, v in data.read_header(cache).items() if k != "checksum"}
+    data.write_header(cache, {**header, "format": 2})
     return train(c, 1, data=cache)
 
 
 @case("not complete", "run the same data.py command again")
 def incomplete_cache(c):
     cache = copy_cache(c)
-    found = ("checksum", "scale", "unreadable", "labels")
+    found = ("checksum", "scale", "unreadable", "skipped")
     header = {k: v for k, v in data.read_header(cache).items() if k not in found}
     data.write_header(cache, {**header, "complete": False})
     return train(c, 1, data=cache)
@@ -315,7 +323,7 @@ def weights_with_code(c):
     return sample(c, run=run)
 
 
-@case(r"vq\.pt does not look like VQ weights")
+@case(r"vq\.pt holds no weights that this code recognises")
 def foreign_weights(c):
     run = c.copy_run()
     torch.save({"model": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, f"{run}/vq.pt")
@@ -387,6 +395,8 @@ flags("sample", ["need each other"], "--edit a.png", "--keep a.png")
 flags("sample", ["exclude each other"], "--edit a.png --keep a.png --like a.png")
 flags("sample", ["a.png is not there"], "--like a.png", "--edit a.png --keep b.png")
 flags("sample", ["FILE.gif"], "--frames film.png")
+flags("sample", ["not allowed"], "--about a.png")
+flags("sample", ["--plain excludes"], "--plain --graphs", "--plain --compile")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
@@ -403,7 +413,7 @@ flags("sample", ["--device|device"], "--device nonsense")
 flags("train", ["--device|device"], "--device nonsense", "--device cpu:x", "--device cuda:", "--device mps:0")
 flags("data", ["30 pixels"], "--size 30")
 flags("data", ["--size|pixels"], "--size 0", "--size -32")
-flags("data", ["at least 1"], "--toy 0", "--toy -3")
+flags("data", ["at least 1"], "--toy 0", "--toy -3", "--views 0", "--views -2")
 
 
 def edited(c, size, white):
@@ -432,6 +442,22 @@ def mask_that_keeps_all(c):
 def picture_that_is_none(c):
     (c.tmp / "picture.png").write_text("no picture")
     return *sample(c), "--like", c.tmp / "picture.png"
+
+
+@case("does not say how it was made")
+def picture_of_somebody_else(c):
+    Image.new("RGB", (40, 40)).save(c.tmp / "picture.png")
+    return "sample", "--about", c.tmp / "picture.png"
+
+
+@case("does not say how it was made")
+def picture_that_is_not_there(c):
+    return "sample", "--about", c.new
+
+
+@case("--class.*--about")
+def neither_class_nor_picture(c):
+    return "sample", "--run", c.toy.run
 
 
 @case("--frames", "--out must be FILE.png")

@@ -234,7 +234,9 @@ def official(kind, state):
                  (r"mid\.0", "mid.block_1"), (r"mid\.1", "mid.attn_1"), (r"mid\.2", "mid.block_2"), PROJ]
     else:
         rules = OFFICIAL[kind]
-    return checkpoints.substitute(state, rules)
+    for ours, theirs in rules:
+        state = {re.sub(ours, theirs, key): value for key, value in state.items()}
+    return state
 
 
 @pytest.mark.parametrize("kind", checkpoints.CONFIGS)
@@ -349,6 +351,79 @@ def test_unknown_tensor(path, kind, config):
 
 
 # ------------------------------------------------------------------------------------------------------- as a script
+
+SMALL_VQ, SMALL_KL = VQConfig(32, (1, 2), 32, 16), KLConfig(ch=32, ch_mult=(1, 2), z_channels=4)
+WITH_DECODER_ATTENTION = replace(SMALL_KL, decoder_attention=True, scale=None)
+OPTIMIZER = {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1e-4}]}, "epoch": 3}
+IMAGE_128 = argparse.Namespace(image_size=128, downsample_size=16)
+EXTRAS = {"loss.logvar": torch.ones(1), "foundation_model.blocks.0.weight": torch.ones(2),
+          "linear_proj.weight": torch.ones(2)}
+FILES = {  # kind, config, the file around the state dict, what the three lines say
+    "LlamaGen's VQ": ("vq", SMALL_VQ, lambda s: {"model": {**s, "quantize.codebook_used": torch.ones(9)}},
+                      ["LlamaGen's VQ tokenizer", "no EMA in the file", "ch 32, ch_mult (1, 2)",
+                       "stride 2, codebook_size 16;", "as vq.pt"]),
+    "MAR's KL": ("kl", SMALL_KL, lambda s: {"model": s}, ["MAR's KL tokenizer", "stride 2, z_channels 4, scale 0.2325;",
+                                                          "as kl.pt"]),
+    "CompVis' KL": ("kl", WITH_DECODER_ATTENTION, lambda s: {"state_dict": {**s, "loss.logvar": torch.ones(1)}},
+                    ["CompVis's KL tokenizer", "scale not known, data.py measures it"]),
+    "VA-VAE's KL": ("kl", replace(WITH_DECODER_ATTENTION, z_channels=32), lambda s: {"state_dict": {**s, **EXTRAS}},
+                    ["VA-VAE's KL tokenizer", "z_channels 32, scale not known, data.py measures it"]),
+    "LlamaGen's prior": ("prior", replace(SMALL, grid=16), lambda s: {"model": s, **OPTIMIZER},
+                         ["LlamaGen's prior", "dim 64, layers 2, heads 1", "no EMA in the file",
+                          "grid 16, pixels 256, vocab 8, classes 3;", "as prior.pt"]),
+    "a compiled prior with its arguments": (
+        "prior", replace(SMALL, grid=8), lambda s: {"module": {f"_orig_mod.{k}": v for k, v in s.items()},
+                                                    "args": IMAGE_128}, ["grid 8, pixels 128"]),
+    "a prior's EMA": ("prior", replace(SMALL, grid=16), lambda s: {"model": {k: -v for k, v in s.items()}, "ema": s},
+                      ["LlamaGen's prior", "parameters, EMA"]),
+    "a bare prior": ("prior", SMALL, lambda s: {**s, "freqs_cis": torch.zeros(17, 8, 2)},
+                     ["LlamaGen's prior", "grid 4, pixels 64"]),
+    "MAR": ("generator", TINY_MAR, lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s, **OPTIMIZER},
+            ["MAR's generator", "parameters, EMA", "fusion none, dim 64, depth 2", "head_depth 2, head_width 64",
+             "grid 4, pixels 64, token_dim 8, classes 10;", "as generator.pt"]),
+    "MAR under DDP without EMA": ("generator", TINY_MAR, lambda s: {"model": {f"module.{k}": v for k, v in s.items()},
+                                                                    "model_ema": None}, ["no EMA in the file"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_description_of_official_files(path, works, name):
+    """Three lines of every supported layout, small and with what the real files have beside the weights."""
+    kind, config, container, words = FILES[name]
+    state = MODULES[kind](config).state_dict()
+    torch.save(container(official(kind, state)), path)
+    said = works("checkpoints", path)
+    lines = [line for line in said.strip().split("\n") if not line.startswith("note: ")]
+    assert len(lines) == 3 and lines[0].startswith(f"{path}: ")
+    assert f"{sum(v.numel() for v in state.values()):,} parameters" in lines[0]
+    assert all(word in said for word in words), said
+    assert same(checkpoints.load(path, kind)[1], state)
+
+
+def test_description_of_our_files(toy, works):
+    said = [works("checkpoints", f"{toy.run}/{kind}.pt") for kind in checkpoints.CONFIGS]
+    for text, word in zip(said, ("VQ tokenizer", "KL tokenizer", "prior", "generator")):
+        assert text.count("\n") == 3 and f"this repository's {word}" in text and "parameters, EMA" in text
+    scale = checkpoints.load(f"{toy.run}/kl.pt", "kl")[0].scale
+    assert "stride 8, codebook_size 64;" in said[0] and f"stride 8, z_channels 8, scale {scale};" in said[1]
+    assert "grid 4, vocab 64, classes 10;" in said[2]
+    assert "fusion cross_attention" in said[3] and "grid 4, token_dim 8, vocab 64, classes 10;" in said[3]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_description_refuses_what_is_none(path, script, name):
+    torch.save(FOREIGN[name], path)
+    result = script("checkpoints", path)
+    assert result.code == 1 and path in result.err and not result.out and "Traceback" not in result.err
+
+
+def test_description_refuses_other_files(toy, path, script, tmp_path):
+    Path(path).write_bytes(b"hello")
+    for file, words in ((path, "not a PyTorch weights file"), (str(tmp_path), "is a folder"),
+                        (str(tmp_path / "x.pt"), "is not there"), (f"{toy.run}/train-2.pt", "holds train-2, not")):
+        result = script("checkpoints", file)
+        assert result.code == 1 and words in result.err and not result.out, file
+
 
 def test_half_precision_copy(toy, tmp_path, works):
     works("checkpoints", toy.run, tmp_path / "half")

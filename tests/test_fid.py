@@ -5,9 +5,9 @@ under the published names. Features agree to 1e-4 relative (folding and memory o
 """
 import hashlib
 import json
-import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from PIL import Image
 from scipy import linalg, ndimage
 from torch import nn
 
+import checkpoints
 import fid
+import inception
 import sample
-from reference import rule_weights
+from rule_inception import rule_weights
 from runtime import UserError
 
 QUICK = ("--iterations", 4, "--steps", 6)
@@ -39,7 +41,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inception(weights):
+def networks(weights):
     return {resize: fid.Inception(weights, resize) for resize in ("tf1", "torch")}
 
 
@@ -48,21 +50,18 @@ def relative(a, b):
 
 
 def statistics(rows, batch=16):
-    s = fid.Statistics()
-    for part in torch.as_tensor(rows).split(batch):
-        s.add(part)
-    return s.result()
+    return inception.mean_and_covariance(sum(inception.products(part) for part in torch.as_tensor(rows).split(batch)))
 
 
 # --------------------------------------------------------------------------------------------------------- Inception
 
 @pytest.mark.parametrize("size", [256, 32])
-def test_features_of_the_official_evaluators(golden, inception, size):
+def test_features_of_the_official_evaluators(golden, networks, size):
     images, features = golden[f"images_{size}"].permute(0, 3, 1, 2), golden["features"]
-    out = inception["tf1"](images)
+    out = networks["tf1"](images)
     for ours, theirs in (("pool", "2048"), ("spatial", "spatial2023"), ("logits", "logits_unbiased")):
         assert relative(out[ours], features[f"torch_fidelity/{size}/{theirs}"]) < 1e-5
-    out = inception["torch"](images)
+    out = networks["torch"](images)
     assert relative(out["pool"], features[f"pytorch_fid/{size}/2048"]) < 1e-5
     # the resizes differ by more than the tolerance: neither could pass for the other
     assert relative(out["pool"], features[f"torch_fidelity/{size}/2048"]) > 1e-3
@@ -70,12 +69,12 @@ def test_features_of_the_official_evaluators(golden, inception, size):
 
 def test_tensorflow_resize_is_exact(golden):
     image = golden["images_256"][:1].permute(0, 3, 1, 2)
-    assert torch.equal(fid.resize_tf1(image), golden["resized_256"])
+    assert torch.equal(inception.resize_tf1(image), golden["resized_256"])
     at_299 = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
-    assert torch.equal(fid.resize_tf1(at_299), (at_299.float() - 128) / 128)
+    assert torch.equal(inception.resize_tf1(at_299), (at_299.float() - 128) / 128)
 
 
-def test_published_layout(inception):
+def test_published_layout(networks):
     """94 units of five tensors, and the two of the classifier: 472, with 23,885,392 numbers."""
     state = rule_weights()
     assert len(state) == 472 and sum(v.numel() for v in state.values()) == 23_885_392
@@ -86,9 +85,20 @@ def test_published_layout(inception):
             ("Mixed_6c.branch7x7dbl_4", (160, 160, 7, 1), 1, (3, 0)),
             ("Mixed_7a.branch7x7x3_4", (192, 192, 3, 3), 2, (0, 0)),
             ("Mixed_7c.branch3x3dbl_3b", (384, 384, 3, 1), 1, (1, 0))]:
-        unit = inception["tf1"].get_submodule(name)
+        unit = networks["tf1"].network.get_submodule(name).conv
         assert state[f"{name}.conv.weight"].shape == shape
         assert (unit.stride, unit.padding) == ((stride, stride), padding)
+
+
+def test_folding_changes_only_rounding(golden, weights, networks):
+    """Against the network with batch norms of its own, channels first."""
+    plain = inception.Network().eval()
+    plain.load_state_dict(torch.load(weights))
+    images = golden["images_32"].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        want = plain(inception.resize_torch(images))
+    for name, features in networks["torch"](images).items():
+        assert relative(features, want[name]) < 1e-5, name
 
 
 def test_weights_files(weights, tmp_path):
@@ -101,6 +111,11 @@ def test_weights_files(weights, tmp_path):
     torch.save(state | {"AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "torchvision.pth")
     with pytest.raises(UserError, match="not the Inception.*AuxLogits"):
         fid.Inception(str(tmp_path / "torchvision.pth"))
+    torch.save(state | {"fc.bias": torch.zeros(1000)}, tmp_path / "classes.pth")
+    torch.save({"model": state}, tmp_path / "nested.pth")
+    for name, tensor in (("classes", "fc.bias"), ("nested", "Conv2d_1a_3x3")):
+        with pytest.raises(UserError, match=f"not the Inception.*{tensor}"):
+            fid.Inception(str(tmp_path / f"{name}.pth"))
     shutil.copy(weights, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
     with pytest.raises(UserError, match="damaged: its SHA-256 does not begin with 6726825d"):
         fid.Inception(str(tmp_path / "pt_inception-2015-12-05-6726825d.pth"))
@@ -196,11 +211,10 @@ def test_statistics_are_those_of_all_rows():
     for mean, cov in (statistics(x, 500), statistics(x, 7)):
         assert np.allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
         assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
-    a, b = fid.Statistics(), fid.Statistics()
-    a.add(x[:400]), b.add(x[400:])
-    for one, two in zip((a + b + fid.Statistics()).result(), statistics(x)):
+    both = inception.products(x[:400]) + inception.products(x[400:])
+    for one, two in zip(inception.mean_and_covariance(both), statistics(x)):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-9)
-    with pytest.raises(UserError, match="1 pictures have no covariance"):
+    with pytest.raises(UserError, match="1 images have no covariance"):
         statistics(x[:1])
     with pytest.raises(UserError, match="not finite"):
         fid.frechet_distance(*statistics(x), *statistics(x * float("nan")))
@@ -215,7 +229,7 @@ def test_inception_score_closed_forms():
     certain[torch.arange(400), torch.arange(400) % 8] = 0  # every class as often as the next
     assert fid.score_of([certain])[0] == pytest.approx(8)
     assert fid.inception_score(torch.zeros(100, 8)) == pytest.approx((1, 0))
-    with pytest.raises(UserError, match="at least 10 pictures"):
+    with pytest.raises(UserError, match="at least 10 images"):
         fid.inception_score(certain[:9])
 
 
@@ -242,7 +256,7 @@ def test_precision_recall_in_blocks():
     got = fid.precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float())
     assert 0.3 < want[0] < 1 and 0.3 < want[1] < 1 and got == pytest.approx(want, abs=1e-3)
     assert fid.precision_recall(real, real) == (1, 1) and fid.precision_recall(real, real + 100) == (0, 0)
-    with pytest.raises(UserError, match="more than 3 pictures"):
+    with pytest.raises(UserError, match="more than 3 images"):
         fid.precision_recall(real[:3], fake)
 
 
@@ -315,7 +329,7 @@ def test_one_set_of_pictures_in_three_forms(fake, drawn, toy, works, tmp_path):
     real = Path(toy.images)
     more = ("--metrics", "fid,sfid,is,pr", "--batch", 7)
     said = works("fid", drawn / "x", real, "--out", "a.json", *more)
-    assert "gFID@24" in said and "warning: 24 pictures" in said and "±" in said
+    assert "gFID@24" in said and "warning: 24 images" in said and "±" in said
     works("fid", drawn / "x.npz", real, "--out", "b.json", *more)
     works("fid", "--run", toy.run, real, "--class", "1,3", "--num", 24, "--out", "c.json", *more, *QUICK)
     a, b, c = (figures(f) for f in ("a.json", "b.json", "c.json"))
@@ -349,9 +363,9 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     folder = shutil.copytree(drawn / "x", tmp_path / "deep" / "x")
     assert script("fid", folder.parent, "--metrics", "is").code == 0  # any depth
     os.remove(folder / "1" / "000022.png")
-    assert "holds 23 of 24 pictures; run the same sample.py command again" in refused(folder)
+    assert "holds 23 of 24 images; run the same sample.py command again" in refused(folder)
     (folder / "settings.json").write_text('{"coarse": true}')
-    assert "draw them without --show-coarse" in refused(folder)
+    assert "draw them again without --show-coarse" in refused(folder)
     os.remove(folder / "settings.json")
     (folder / ".hidden").mkdir()
     Image.new("RGB", (8, 8)).save(folder / ".hidden" / "a.png")  # is not looked at
@@ -360,17 +374,17 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     assert "z.png is a link" in refused(folder)
     os.remove(folder / "z.png")
     Image.new("RGB", (32, 32)).save(folder / "a.jpg")
-    assert "1 compressed pictures, e.g. a.jpg" in refused(folder)
+    assert "1 compressed images, e.g. a.jpg" in refused(folder)
     assert script("fid", folder, "--metrics", "is", "--jpeg").code == 0
     Image.new("RGB", (40, 32)).save(folder / "b.png")
     assert "several sizes, see b.png" in refused(folder, "--jpeg")
     (folder / "b.png").write_bytes(b"no picture")
-    assert "b.png is no readable picture" in refused(folder, "--jpeg")
+    assert "b.png is no readable image" in refused(folder, "--jpeg")
     (folder / "b.png").rename(folder / "0.png")
-    assert "0.png is no readable picture" in refused(folder, "--jpeg")
+    assert "0.png is no readable image" in refused(folder, "--jpeg")
     assert "neither a folder" in refused(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in refused(tmp_path / "empty")
+    assert "holds no images" in refused(tmp_path / "empty")
     for name, arrays in (("float", {"arr_0": np.zeros((2, 8, 8, 3))}), ("none", {"x": np.zeros(3)})):
         np.savez(tmp_path / f"{name}.npz", **arrays)
         assert "arr_0" in refused(tmp_path / f"{name}.npz")
@@ -406,18 +420,18 @@ def test_references_of_four_kinds(fake, drawn, toy, works, script, tmp_path):
         assert out.code == 1 and "Traceback" not in out.err
         return out.err
 
-    assert "another resize of Inception, tf1 for torch" in refused("ours.npz", "--protocol", "pytorch-fid")
+    assert "another resize of Inception, tf1 instead of torch" in refused("ours.npz", "--protocol", "pytorch-fid")
     assert "another resize of Inception" in refused("adm.npz", "--protocol", "pytorch-fid")
-    assert "no pictures for precision" in refused("ours.npz", "--metrics", "pr")
+    assert "no images for precision" in refused("ours.npz", "--metrics", "pr")
     assert "no statistics for sFID" in refused("pytorch-fid.npz", "--metrics", "sfid")
-    for change, words in ({"sha256": "fedcba"}, "another sha256"), ({}, "pictures of [64, 64] pixels"):
+    for change, words in ({"sha256": "fedcba"}, "another sha256"), ({}, "images of [64, 64] pixels"):
         changed = made | {"size": [64, 64], "inception": made["inception"] | change}
         np.savez("changed.npz", mu=mu, sigma=sigma, about=json.dumps(changed))
         assert words in refused("changed.npz")
     np.savez("other.npz", mu=mu[:64], sigma=sigma[:64, :64])
     assert "statistics of another network" in refused("other.npz")
     torch.save({"features": torch.zeros(3)}, "other.pt")
-    assert "neither pictures (arr_0) nor statistics" in refused("other.pt")
+    assert "neither images (arr_0) nor statistics" in refused("other.pt")
 
 
 def test_crop_of_a_reference(fake, toy, works, tmp_path):
@@ -426,7 +440,7 @@ def test_crop_of_a_reference(fake, toy, works, tmp_path):
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(f"photos/{i}.png")
     images = fid.open_images("photos", crop=32)
-    assert images.size == [32, 32] and images.load(1, 3).shape == (2, 3, 32, 32)
+    assert images.size == [32, 32] and next(iter(images.batches([range(1, 3)]))).shape == (2, 3, 32, 32)
     works("fid", "photos", "--save", "ours.npz", "--crop", 32)
     made = json.loads(str(np.load("ours.npz")["about"]))
     assert made["crop"] == 32 and made["size"] == [32, 32] and made["images"] == 4
@@ -437,7 +451,7 @@ def test_reconstruction(fake, toy, works, copy_run):
     said = works("fid", "--reconstruct", toy.run, toy.images, "--batch", 50)
     both = result()["figures"]
     assert set(both) == {"vq", "kl"} and "rFID@130" in said and "gFID" not in said
-    images = fid.open_images(toy.images, crop=32).load(0, 130)
+    images = next(iter(fid.open_images(toy.images, crop=32).batches([range(130)])))
     vq = sample.load_run(toy.run).vq
     again = sample.to_uint8(vq.decode(vq.encode(images.float() / 127.5 - 1)))
     psnr = 10 * (255**2 / ((images.double() - again.double()) ** 2).mean((1, 2, 3))).log10()
@@ -445,7 +459,10 @@ def test_reconstruction(fake, toy, works, copy_run):
     model = Fake(None)
     want = diagonal_distance(*statistics(model(images)["pool"]), *statistics(model(again)["pool"]))
     assert both["vq"]["rfid"] == pytest.approx(want, rel=1e-3, abs=1e-6)
-    works("fid", "--reconstruct", copy_run("kl"), toy.images)
+    kl = Path(copy_run("kl")) / "kl.pt"
+    config, state = checkpoints.load(str(kl), "kl")
+    checkpoints.save(str(kl), "kl", replace(config, scale=None), state, image_size=32)  # not measured yet
+    works("fid", "--reconstruct", kl.parent, toy.images)
     assert result()["figures"]["kl"]["psnr"] == pytest.approx(both["kl"]["psnr"], rel=1e-3)
     assert list(result()["figures"]) == ["kl"]
 
@@ -468,11 +485,11 @@ def test_labels_and_table(fake, drawn, works, toy):
     (("x", "y", "--num", 5), "need --run"),
     (("x", "y", "--cfg", 2), "need --run"),
     (("x", "--save", "a.npz", "--reconstruct", "r"), "take one of"),
-    (("x", "--save", "a.npz", "--metrics", "pr"), "--metrics is for generated pictures"),
-    (("x", "y.npz", "--crop", 8), "--crop cuts"),
+    (("x", "--save", "a.npz", "--metrics", "pr"), "--metrics is for generated images"),
+    (("x", "y.npz", "--crop", 8), "--crop crops"),
     (("x", "y", "--batch", 0), "at least 1"),
     (("--reconstruct", "absent", "x"), "neither vq.pt nor kl.pt"),
-    (("--run", "absent", "x"), "is neither a folder of pictures"),
+    (("--run", "absent", "x"), "is neither a folder of images"),
     (("--table", "absent.json"), "is no result.json")])
 def test_wrong_commands(fake, script, command, words):
     out = script("fid", *command)
@@ -481,14 +498,14 @@ def test_wrong_commands(fake, script, command, words):
 
 def test_dry_run(fake, drawn, toy, works):
     said = works("fid", drawn / "x", toy.images, "--dry-run", "--out", "a.json")
-    assert "24 pictures of 32x32 pixels" in said and "torch-fidelity" in said and not os.path.exists("a.json")
+    assert "24 images of 32x32 pixels" in said and "torch-fidelity" in said and not os.path.exists("a.json")
 
 
 # ---------------------------------------------------------------------------------------------------------- whole paths
 
 def test_two_ranks_give_the_same_figures(drawn, golden, weights, works, two_ranks, tmp_path):
-    """With the real network. Batches are the same on any number of ranks, so are the features. The last is short, and
-    of the reference the second rank sees none."""
+    """With the real network: batches are the same for any number of ranks, so the features are the same too. The last
+    batch is short, and the reference is one batch, so the first rank sees nothing of it."""
     np.savez(tmp_path / "reference.npz", arr_0=golden["images_32"].numpy())
     command = (drawn / "x", tmp_path / "reference.npz", "--inception", weights, "--metrics", "is,pr,fid", "--batch", 10)
     saved = lambda name: (drawn / "x", "--save", tmp_path / name, "--inception", weights, "--batch", 10)

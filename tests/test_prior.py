@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import prior
-from prior import Prior, PriorConfig, draw, filter_logits, rope_table, rotate
+from prior import Prior, PriorConfig, filter_logits, pick, rope_table, rotate
 from test_diffloss import on_meta, wake
 
 CONFIG = PriorConfig(dim=32, layers=2, heads=2, vocab=40, grid=4, classes=5)
@@ -127,7 +127,7 @@ def test_every_parameter_learns(batch):
 def test_resample(model, batch):
     codes, classes = (x.repeat(14, *[1] * (x.ndim - 1)) for x in batch)  # 42, more than a chunk
     uniform = torch.rand(42, L)
-    want = draw(model(codes, classes)[:, :L], uniform)
+    want = pick(model(codes, classes)[:, :L], uniform)
     assert torch.equal(model.resample(codes, classes, uniform), want) and not torch.equal(want, codes)
 
 
@@ -201,15 +201,15 @@ def test_every_code_has_a_number_of_its_own():
 def test_draw_follows_the_probabilities():
     p = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
     uniform = torch.arange(8000) / 8000
-    counts = F.one_hot(draw(p.log().expand(8000, -1), uniform), 6).sum(0)
+    counts = F.one_hot(pick(p.log().expand(8000, -1), uniform), 6).sum(0)
     assert counts.tolist() == [0, 4000, 0, 1000, 3000, 0]
     logits = torch.randn(500, 1000) * 5
     filtered = filter_logits(logits, top_k=20)
     for u in (0.0, 1 - 2**-24):  # the smallest and the largest number that torch.rand gives
-        codes = draw(filtered, torch.full((500,), u))
+        codes = pick(filtered, torch.full((500,), u))
         assert filtered.gather(1, codes[:, None]).isfinite().all()
     p = logits[0, :50].softmax(-1)
-    counts = draw(p.log().expand(20000, -1), torch.rand(20000)).bincount(minlength=50)
+    counts = pick(p.log().expand(20000, -1), torch.rand(20000)).bincount(minlength=50)
     assert ((counts - 20000 * p).abs() < 5 * (20000 * p).sqrt() + 5).all()
 
 

@@ -1,5 +1,7 @@
 """sample.py: what a picture depends on, classes, files and grids, and that no broken model gives a picture."""
 import io
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,14 @@ import torch
 from PIL import Image
 
 import checkpoints
+import fast
 import sample
 from data import read_image
+from generator import Generator, GeneratorConfig
+from presets import Sampling
+from prior import Prior, PriorConfig
 from runtime import UserError
+from tokenizers import KL, VQ, KLConfig, VQConfig
 
 QUICK = ("--iterations", 4, "--steps", 6)
 
@@ -55,6 +62,28 @@ def test_picture_does_not_depend_on_the_batch(run):
         assert torch.equal(alone.codes[0], together.codes[i])
         for a, b in ((alone.images, together.images), (alone.coarse, together.coarse)):
             assert (a[0].int() - b[i].int()).abs().max() <= 1  # a grey level: kernels round by batch size
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_plain_loops_draw_the_same_pictures(run, picture, monkeypatch, start):
+    start = sample.start_edit(run, *map(str, picture)) if start else None
+    fast_one = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True)
+    for name in ("generate", "generate_codes", "sample_head", "null_condition"):
+        monkeypatch.setattr(fast, name, None)
+    plain = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True, plain=True)
+    assert torch.equal(plain.codes, fast_one.codes) and len(plain.frames) == len(fast_one.frames) == 4
+    for a, b in zip((plain.images, *plain.frames), (fast_one.images, *fast_one.frames)):
+        assert (a.int() - b.int()).abs().max() <= 1
+    with pytest.raises(TypeError):
+        sample.generate(run, [3, 8], iterations=4)
+
+
+def test_plain_on_the_command_line(toy, works, monkeypatch, tmp_path):
+    draw = lambda out, *more: works("sample", "--run", toy.run, "--class", 3, "--num", 2, "--out", out, *QUICK, *more)
+    draw(tmp_path / "a.png")
+    monkeypatch.setattr(fast, "generate", None)
+    draw(tmp_path / "b.png", "--plain")
+    assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1
 
 
 def test_seed_index_and_class_change_the_picture(run):
@@ -119,12 +148,49 @@ def test_class_by_id_and_by_name(run):
     assert sample.find_classes(run.classes, "8, warm_ring") == [8, 3]
     imagenet = [[207, "golden retriever"], [0, "tench, Tinca tinca"], [134, "crane"], [517, "crane"]]
     assert sample.find_classes(imagenet, "207") == [0] and sample.find_classes(imagenet, "tench, Tinca tinca") == [1]
-    with pytest.raises(UserError, match="several classes; give one of the ids 134, 517"):
+    with pytest.raises(UserError, match="several classes; give one of the ids 134, 517.$"):
         sample.find_classes(imagenet, "crane")
     with pytest.raises(UserError, match="no class 'dog'; it knows: 0 warm disc, 1 warm square.*9 cold cross"):
         sample.find_classes(run.classes, "dog")
     with pytest.raises(UserError, match=r"39 c39, \.\.\.$"):
         sample.find_classes([[i, f"c{i}"] for i in range(1000)], "dog")
+
+
+def test_classes_from_python(run):
+    """Strings are names or ids; a number is the id or the index of a class, and refused where it is both, of two."""
+    assert sample.find_classes(run.classes, ["cold ring", "3", 1]) == [8, 3, 1]
+    tiny = [[0, "tench"], [207, "golden retriever"], [574, "golf ball"]]
+    assert sample.find_classes(tiny, ["golden retriever", 574, 1, "574", np.int64(2)]) == [1, 2, 1, 2, 2]
+    assert sample.find_classes(tiny, 574) == sample.find_classes(tiny, "golf ball") == [2]
+    shuffled = [[2, "cat"], [0, "dog"], [1, "cow"]]
+    for number, ids in ((0, "2, 0"), (1, "0, 1"), (2, "2, 1")):
+        with pytest.raises(UserError, match=f"^{number} stands for several classes; give one of the ids {ids}, as a"):
+            sample.find_classes(shuffled, [number])
+    assert sample.find_classes(shuffled, ["0", "dog"]) == [1, 1]
+    assert sample.find_classes(shuffled, torch.tensor([0, 1, 2])) == [0, 1, 2]  # a tensor: always indices
+    for wrong in (7, -1, ["tench", "7"]):
+        with pytest.raises(UserError, match="no class '?-?[71]"):
+            sample.find_classes(tiny, wrong)
+    for wrong in (-1, 4):
+        with pytest.raises(UserError, match="holds indices: 0 to 2 for this run, 3 for the null class"):
+            sample.find_classes(tiny, torch.tensor([wrong]))
+    pictures = sample.generate(run, ["cold ring", 3], seed=2, iterations=4, steps=6)
+    want = sample.generate(run, torch.tensor([8, 3]), 2, sampling=replace(run.sampling, iterations=4, steps=6))
+    assert torch.equal(pictures.images, want.images)
+
+
+def test_from_python(run, capsys):
+    """PIL images with one method, a bar when asked, and settings by name."""
+    pictures = sample.generate(run, "cold ring, 3", iterations=2, steps=4)
+    first, second = pictures.pil()
+    assert not capsys.readouterr().err and first.mode == "RGB"
+    assert np.array_equal(np.asarray(second), pictures.images[1].permute(1, 2, 0).numpy())
+    sample.generate(run, "cold ring, 3", iterations=2, steps=4, progress=True)
+    assert "2.0/2 images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--steps must be"):
+        sample.generate(run, "3", steps=0)
+    with pytest.raises(TypeError, match="itertions"):
+        sample.generate(run, "3", itertions=4)
 
 
 def test_id_and_name_on_the_command_line(toy, works, tmp_path):
@@ -222,6 +288,41 @@ def test_folder_of_other_pictures_is_refused(toy, files, script, works):
     assert tree(files) == before
 
 
+def about(script, path):
+    """What --about says: its JSON, the arguments of the command, and the note."""
+    result = script("sample", "--about", path)
+    assert result.code == 0, result.err
+    *facts, command = result.out.splitlines()
+    python, name, *arguments = shlex.split(command)
+    assert (python, name) == ("python", "sample.py")
+    return json.loads("\n".join(facts)), arguments, result.err
+
+
+def test_a_picture_says_how_it_was_made(toy, works, script, files, run, tmp_path):
+    """And the command that it names makes it again, for a grid and for a file of a folder."""
+    out = tmp_path / "a grid.png"
+    works("sample", "--run", toy.run, "--class", "3,cold ring", "--num", 3, "--seed", 4, "--out", out, *QUICK)
+    facts, command, said = about(script, out)
+    s = replace(run.sampling, iterations=4, steps=6)
+    want = {**sample.describe(run, s, 4, [3, 8]), "coarse": False, "class": "3,cold ring", "num": 3, "run": toy.run}
+    assert facts == json.loads(json.dumps(want)) and not said
+    before = pixels(out)
+    out.unlink()
+    works("sample", *command)
+    assert abs(pixels(out) - before).max() <= 1
+    facts, command, _ = about(script, files / "3/000007.png")
+    settings = json.loads((files / "settings.json").read_text())
+    assert facts == {**settings, "class": "1,warm_ring", "num": 9, "run": toy.run, "file": "3/000007.png"}
+    assert command[command.index("--out") + 1] == str(files)
+
+
+def test_about_says_when_the_weights_are_others(copy_run, works, script, tmp_path):
+    run = copy_run()
+    works("sample", "--run", run, "--class", "3", "--num", 1, "--out", tmp_path / "a.png", *QUICK)
+    edit(run, "prior", lambda content: content["state"]["norm.weight"].mul_(2))
+    assert "holds other weights now" in about(script, tmp_path / "a.png")[2]
+
+
 def test_show_coarse_doubles_the_width(toy, works, run, tmp_path):
     works("sample", "--run", toy.run, "--class", "2", "--num", 1, "--out", tmp_path, "--show-coarse", *QUICK)
     picture = pixels(tmp_path / "2/000000.png")
@@ -246,10 +347,10 @@ def picture(toy, tmp_path):
     return path, tmp_path / "mask.png"
 
 
-def test_start_from(run, picture):
+def test_start(run, picture):
     path, mask = picture
     image = torch.from_numpy(read_image(str(path), 32))
-    edit, like = sample.start_from(run, str(path), str(mask)), sample.start_from(run, str(path))
+    edit, like = sample.start_edit(run, str(path), str(mask)), sample.start_like(run, str(path))
     assert edit.keep.tolist() == [False] * 8 + [True] * 8 and not like.keep.any()
     codes = run.vq.encode(sample.to_float(image.numpy())[None])[0]
     assert torch.equal(like.codes, codes) and torch.equal(edit.codes, torch.where(edit.keep, codes, -1))
@@ -260,17 +361,17 @@ def test_start_from(run, picture):
     turned, exif = Image.open(path).transpose(Image.ROTATE_180), Image.Exif()  # as a camera held upside down
     exif[0x0112] = 3
     turned.save(mask.parent / "turned.png", exif=exif)
-    assert torch.equal(sample.start_from(run, str(mask.parent / "turned.png"), str(mask)).shown.images,
+    assert torch.equal(sample.start_edit(run, str(mask.parent / "turned.png"), str(mask)).shown.images,
                        edit.shown.images)
 
 
 def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
     """To the bit, in every picture; the rest is drawn anew, and the same when drawn again."""
-    start, drawn, frames = sample.start_from(run, *map(str, picture)), [], []
+    start, drawn = sample.start_edit(run, *map(str, picture)), []
     decode = run.kl.decode
     monkeypatch.setattr(run.kl, "decode", lambda latents: drawn.append(latents) or decode(latents))
-    out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=frames)
-    assert len(frames) == 4 and torch.equal(frames[3], out.images) and len(drawn) == 5
+    out = sample.generate(run, [3, 3, 8], start=start, sampling=replace(run.sampling, iterations=4), frames=True)
+    assert len(out.frames) == 4 and torch.equal(out.frames[3], out.images) and len(drawn) == 5
     for latents in drawn:  # after every iteration, and at the end
         assert (latents[:, start.keep] == start.latents[start.keep]).all()
     assert [int((x[0].abs().sum(1) == 0).sum()) for x in drawn] == [7, 5, 3, 0, 0]  # of eight: 8 cos(pi/8 (k+1))
@@ -282,7 +383,7 @@ def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
 
 
 def test_like_takes_the_codes(run, picture):
-    start = sample.start_from(run, str(picture[0]))
+    start = sample.start_like(run, str(picture[0]))
     out = sample.generate(run, [3, 5], start=start)
     assert (out.codes == start.codes).all() and not torch.equal(out.images[0], out.images[1])
 
@@ -293,7 +394,7 @@ def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
     command = ("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--edit", path, "--keep", mask, "--steps", 6)
     said = works(*command, "--out", tmp_path / "a.png", "--frames", tmp_path / "a.gif", "--iterations", 9)
     assert "8 tokens to draw" in said and "iterations 8" in said
-    grid, start = pixels(tmp_path / "a.png"), sample.start_from(run, str(path), str(mask))
+    grid, start = pixels(tmp_path / "a.png"), sample.start_edit(run, str(path), str(mask))
     assert grid.shape == (66, 100, 3)
     for y in (0, 34):
         assert (grid[y:y + 32, :32] == start.shown.images[0].permute(1, 2, 0).numpy()).all()
@@ -308,6 +409,34 @@ def test_edit_on_the_command_line(toy, works, script, picture, run, tmp_path):
     assert script("sample", "--run", toy.run, "--class", "3,8", "--num", 4, "--steps", 6, "--iterations", 8, "--out",
                   tmp_path / "files").err.endswith("made with other start; choose another --out.\n")
     assert abs(pixels(tmp_path / "files/3/000002.png") - grid[:32, 68:]).max() <= 1
+
+
+def test_tokens_and_codes_of_other_sizes(picture):
+    """Latents merged 2x2, codes of 8 pixels: 4 tokens and 16 codes. Each stays if all of its own pixels do."""
+    small = dict(ch=32, ch_mult=(1, 1, 1), blocks=1, unshuffle=2)
+    kl = KL(KLConfig(**small, z_channels=4, scale=1.0, merge=2))
+    vq = VQ(VQConfig(**small, z_channels=4, codebook_size=9))
+    prior = Prior(PriorConfig(dim=64, layers=1, heads=1, vocab=9, grid=4, classes=2))
+    generator = Generator(GeneratorConfig("cross_attention", dim=64, depth=1, heads=1, prefix=2, token_dim=16, grid=2,
+                                          code_grid=4, classes=2, head_depth=1, head_width=32, vocab=9, code_dim=64))
+    for model in (kl, vq, prior, generator):
+        model.eval()
+    run = sample.Run(kl, generator, vq, prior, [[0, "a"], [1, "b"]], Sampling(iterations=2, steps=3, t_max=900),
+                     torch.device("cpu"))
+    start = sample.start_edit(run, *map(str, picture))
+    assert run.pixels == 32 and start.keep.tolist() == [False] * 2 + [True] * 2 and start.latents.shape == (4, 16)
+    assert (start.codes >= 0).tolist() == [False] * 8 + [True] * 8
+    mask = Image.open(picture[1])
+    mask.paste(255, (0, 16, 16, 32))  # one more code, and a quarter of a token
+    mask.save(picture[1])
+    start = sample.start_edit(run, *map(str, picture))
+    assert start.keep.tolist() == [False] * 2 + [True] * 2
+    assert (start.codes >= 0).tolist() == [False] * 4 + [True] + [False] * 3 + [True] * 8
+    drawn, decode = [], kl.decode
+    kl.decode = lambda latents: drawn.append(latents) or decode(latents)
+    out = sample.generate(run, torch.tensor([0, 1, 1]), start=start)
+    assert (drawn[0][:, start.keep] == start.latents[start.keep]).all() and not (drawn[0][:, ~start.keep] == 0).any()
+    assert (out.codes[:, start.codes >= 0] == start.codes[start.codes >= 0]).all()
 
 
 def test_a_run_without_codes_edits_too(copy_run, works, picture, tmp_path, script):
@@ -362,7 +491,16 @@ def test_files_that_do_not_belong_together(copy_run):
     run = copy_run()
     config, state = checkpoints.load(f"{run}/prior.pt", "prior")
     checkpoints.save(f"{run}/prior.pt", "prior", replace(config, grid=5), state)
-    with pytest.raises(UserError, match="do not belong together: prior.pt has 25 tokens"):
+    with pytest.raises(UserError, match="do not belong together: prior.pt has 25 codes"):
+        sample.load_run(run)
+
+
+def test_latents_without_a_scale_are_refused(copy_run):
+    run = copy_run()
+    edit(run, "kl", lambda content: content["config"].update(scale=None))
+    assert sample.load_run(run).kl.config.scale  # generator.pt says it
+    edit(run, "generator", lambda content: content.pop("latent_scale"))
+    with pytest.raises(UserError, match="no file of .* says the scale of the latents; train the generator again"):
         sample.load_run(run)
 
 
@@ -372,4 +510,5 @@ def test_run_takes_what_the_files_recommend(copy_run):
     edit(run, "generator", lambda content: content["sampling"].update(iterations=3))
     edit(run, "generator", lambda content: content.update(latent_scale=0.125))
     loaded = sample.load_run(run)
-    assert loaded.sampling.iterations == 3 and loaded.kl.config.scale == 0.125 and loaded.classes[9] == [9, "cold cross"]
+    assert loaded.sampling.iterations == 3 and loaded.kl.config.scale == 0.125
+    assert loaded.classes[9] == [9, "cold cross"]

@@ -1,6 +1,10 @@
 """The run that the repository ships, weights/tiny, and the README's first command."""
+import os
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +43,37 @@ def test_first_command(tmp_path):
     assert time.time() - start < 60
     picture = np.asarray(Image.open(tmp_path / "sample.png"))
     assert picture.shape == (4 * 66 - 2, 4 * 66 - 2, 3)
+
+
+def python_lines():
+    """The indented lines of Python in our pages that begin with `import sample`."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [(page.name, textwrap.dedent(block)) for page in pages
+            for block in re.findall(r"^ +import sample\n(?: +.*\n|\n(?= ))*", page.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("page, lines", python_lines() or [pytest.param("no page", "assert False")])
+def test_lines_of_python(page, lines, tmp_path):
+    """What the pages show runs as it stands, and saves the pictures that it names."""
+    os.symlink(ROOT / "weights", tmp_path / "weights")
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    saved = re.findall(r"[\w-]+\.png", lines)
+    assert saved and all(Image.open(tmp_path / name).size == (64, 64) for name in saved)
+
+
+def test_commands_of_editing(works, tmp_path, monkeypatch):
+    """docs/sampling.md: the masks, the pictures and the commands that use them, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "sampling.md").read_text().replace("\\\n", "")
+    section = text[text.index("## Editing"):text.index("## Settings")]
+    commands = [shlex.split(line) for line in re.findall(r"^    (python .*)", section, re.M)]
+    assert len(commands) == 7
+    for _, name, *arguments in commands:
+        works("sample", *arguments, "--iterations", 1, "--steps", 2) if name == "sample.py" else exec(arguments[0])
+    for name, size in (("edit", (460, 262)), ("half", (460, 130)), ("like", (262, 130))):
+        assert Image.open(f"{name}.png").size == size, name
 
 
 def test_pictures_are_pictures(run):

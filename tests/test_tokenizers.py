@@ -128,9 +128,9 @@ def test_latent_scale():
     assert float(latents.std()) == pytest.approx(1, rel=0.01)
 
 
-def test_patches():
-    """patch x patch positions make one latent; raster order inside and outside; decoding undoes it."""
-    one, four = (make(replace(KL_LINEAR, scale=1.0, patch=p)) for p in (1, 2))
+def test_merged_latents():
+    """merge x merge positions make one latent; raster order inside and outside; decoding undoes it."""
+    one, four = (make(replace(KL_LINEAR, scale=1.0, merge=p)) for p in (1, 2))
     images = toys(2)
     four.load_state_dict(one.state_dict())
     assert four.config.token_dim == 4 * one.config.token_dim and torch.equal(one.encode(images), four.encode(images))
