@@ -367,7 +367,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     size = size if size is not None else kl.about.get("image_size", 256)
     if vq.config.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    if size < 1 or size % (kl.stride * kl.config.patch) or vq.stride != kl.stride:
+    if size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,

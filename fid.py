@@ -241,7 +241,7 @@ def draw_images(args, device) -> Images:
     run = sample.load_run(args.run, device)
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
     seed, num = args.seed or 0, args.num or 50_000
-    pixels = run.generator.config.grid * run.kl.config.patch * run.kl.stride
+    pixels = run.generator.config.grid * run.kl.config.merge * run.kl.stride
     names = [sample.picture_name(run, labels, i) for i in range(num)]
 
     def load(numbers):
