@@ -74,7 +74,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 
 def read(path: str) -> dict:
-    """The content of a torch file. Refuses, with a sentence, what is absent, no such file, damaged, or carries code."""
+    """The content of a torch file. Refuses with a sentence what is absent, of another kind, damaged, or holds code."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not there; train it (train.py) or put an official file under this name.")
     try:
@@ -150,7 +150,7 @@ def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) 
 
 
 def set_aside(paths: list):
-    """Moves files, where there are any, into the first of the folders before-1, before-2, ... that is not there yet."""
+    """Moves the files that exist into a new folder: the first of before-1, before-2, ... that does not exist yet."""
     if paths := [p for p in paths if os.path.exists(p)]:
         folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
         folder = next(f for f in folders if not os.path.exists(f))
@@ -164,7 +164,7 @@ def set_aside(paths: list):
 
 
 def load(path: str, kind: str, ema: bool = True):
-    """-> (config, state_dict in fp32) for our module of `kind`: vq, kl, prior or generator.
+    """-> (config, state_dict in fp32); the state fits our module of `kind` (vq, kl, prior, generator) and config.
 
     An official file may hold an EMA beside the raw weights. ema=False takes the raw ones, MAR's `model` instead of its
     `model_ema`, to compare the two. Our own files hold one set of weights, the EMA if one was trained.
@@ -176,7 +176,7 @@ def load(path: str, kind: str, ema: bool = True):
 
 
 def load_model(path: str, kind: str, device="cpu"):
-    """-> our module with the weights of `path`, frozen, in eval mode; `about` holds what else our files say."""
+    """-> our module with the weights of `path`, frozen, in eval mode. Its `about` is what else a file of ours holds."""
     content = read(path)
     config, state = parse(path, kind, content)
     model = MODULES[kind](config)
@@ -200,7 +200,7 @@ def refuse_other(path: str, model, wanted: dict):
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """`load` of a file that `read` has read, before `check_tensors`."""
+    """-> (config, state) of a file whose content `read` returned; `check_tensors` is still to come."""
     state = content["state"] if "format" in content else official_state(content, ema)
     if (found := kind_of(path, content, state)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
@@ -216,7 +216,7 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
 
 
 def kind_of(path: str, content: dict, state: dict) -> str:
-    """vq, kl, prior or generator. Our files say it; of the others each has a tensor that no other kind has."""
+    """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
     if "format" in content:
         return content["kind"]
     for kind, (mark, _, _) in OFFICIAL.items():
@@ -254,9 +254,11 @@ def read_classes(path: str) -> dict | None:
 
 
 # -------------------------------------------------------------------------------------------------- official layouts
+# An official file becomes ours in three steps: `official_state` finds its tensors, `rename` gives them our names, and
+# a convert function reads the config from their shapes. `check_tensors` then refuses unknown and absent tensors.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
-IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # parts we do not need
+IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # by our modules
 
 
 def official_weights(content: dict, ema: bool = True) -> str | None:
@@ -283,10 +285,11 @@ def rename(state: dict, names: list) -> dict:
 
 
 def count(state: dict, prefix: str) -> int:
-    """The length of the list of modules whose tensors are named prefix0..., prefix1..., ..."""
+    """The number of modules in a list, from names like prefix + "3.weight"."""
     return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
+# Pieces of the tensors' names: theirs, ours. What is not listed is the same in both.
 AUTOENCODER_NAMES = [(".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"),
                      ("proj_out", "proj")]
 VQ_NAMES = AUTOENCODER_NAMES + [
@@ -389,15 +392,17 @@ SUMMARIES = {  # kind: what it is; its sizes; what must fit other files and the 
 
 
 def describe(path: str) -> str:
-    """Three lines: whose file it is and what is in it; its sizes; what it fits, and its name in a run directory."""
+    """Three lines: whose file it is and what it holds; its sizes; what it fits, and its name in a run directory."""
     content = read(path)
     own, weights = "format" in content, official_weights(content)
     kind = kind_of(path, content, official_state(content))
     if kind not in CONFIGS:
         raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
-    config, state = load(path, kind)
+    config, state = parse(path, kind, content)
+    with torch.device("meta"):
+        check_tensors(path, kind, MODULES[kind](config), state)
     whose = "this repository's" if own else f"{author(kind, config)}'s"
-    average = "EMA" if own and "step" in content or weights in EMA else "as saved" if own else "no EMA in the file"
+    average = "no EMA in the file" if not own and weights not in EMA else "EMA"  # train.py saves the EMA
     values = asdict(config)
     if kind in ("vq", "kl"):
         values["stride"] = config.unshuffle * 2 ** (len(config.ch_mult) - 1)
