@@ -23,7 +23,6 @@ can therefore not import `transformers`.
 """
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -171,7 +170,9 @@ class Decoder(nn.Module):
             Level(([widths[0]] + widths)[i], w, c.blocks + 1, attention and i == 0, Upsample(w) if i < last else None)
             for i, w in enumerate(widths))
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3 * c.unshuffle**2, 3, padding=1)
-        self.picture_in = nn.Conv2d(3 * c.unshuffle**2, ([widths[0]] + widths)[last], 3, padding=1) if c.lapped else None
+        self.picture_in = None
+        if c.lapped:
+            self.picture_in = nn.Conv2d(3 * c.unshuffle**2, ([widths[0]] + widths)[last], 3, padding=1)
 
     def forward(self, x, picture=None):
         x = self.mid(self.conv_in(x))
@@ -338,7 +339,6 @@ class VQ(Autoencoder):
         self.usage.zero_()
         return dead
 
-
     @torch.no_grad()
     def fit_linear_path(self, images, generator=None):
         """Sets linear path and codebook from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK).
@@ -361,17 +361,6 @@ class VQ(Autoencoder):
 
 
 # -------------------------------------------------------------------------------------------------------------- KL
-
-class KLDraws(NamedTuple):
-    """The random numbers of one training step, drawn for the whole batch, of which each rank takes its images."""
-    posterior: torch.Tensor  # [B, z, h, h]
-    strength: torch.Tensor   # [B, 1, 1, 1] in [0, 1): of the added noise, per image
-    noise: torch.Tensor      # [B, z, h, h]
-
-    def rows(self, images):
-        """The numbers of the images in a slice."""
-        return KLDraws(*(x[images] for x in self))
-
 
 class KL(Autoencoder):
     """Continuous tokenizer: a Gaussian posterior per position."""
@@ -413,26 +402,28 @@ class KL(Autoencoder):
         z = (latents / self.config.scale).mT.reshape(B, C, isqrt(L), isqrt(L))
         return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
-    def draw(self, B, h, generator=None) -> KLDraws:
-        """Draws the KLDraws of B images with h x h positions, on the model's device."""
-        device, shape = self.quant_conv.weight.device, (B, self.config.z_channels, h, h)
-        normal = lambda: torch.randn(shape, generator=generator, device=device)
-        strength = torch.rand(B, 1, 1, 1, generator=generator, device=device) ** 2  # mostly weak
-        return KLDraws(normal(), strength, normal())
+    def draw(self, B, h, generator=None):
+        """Draws what a training step on B images with h x h positions needs: two noises [B, z, h, h], of the posterior
+        and to be added, and the strength [B, 1, 1, 1] in [0, 1) of the added one. On the model's device.
+        """
+        shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
+        return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
-    def loss(self, images, draws: KLDraws | None = None):
-        """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
+    def loss(self, images, draws=None):
+        """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
+
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
 
         The weight 1e-6 is LDM's. LDM sums the reconstruction error over pixels and colours and this code averages it,
         so the KL term counts 3HW times more here. With config.noise the decoder reads noised latents (l-DeTok,
         2507.15856, interpolates with noise instead). So it learns to decode imperfect latents, such as stage 2 makes.
         """
         mean, logvar = self.posterior(self.to_grid(images))
-        draws = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
-        z = mean + (0.5 * logvar).exp() * draws.posterior
+        posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
+        z = mean + (0.5 * logvar).exp() * posterior
         if self.config.noise:
             # relative to z.std(): the encoder cannot escape the noise with larger latents
-            z = z + self.config.noise * draws.strength * z.std() * draws.noise
+            z = z + self.config.noise * strength * z.std() * added
         reconstruction = self.to_images(z)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images) + 1e-6 * kl, reconstruction

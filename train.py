@@ -125,8 +125,8 @@ class Tokenizers(Stage):
         loss = self.trained["vq"].loss(images)[0] if "vq" in self.trained else 0.0
         if "kl" in self.trained:
             kl = self.trained["kl"]
-            draws = kl.draw(self.args.batch, images.shape[-1] // kl.stride, self.rng(step)).rows(rows)
-            loss = loss + kl.loss(images, draws)[0]
+            draws = kl.draw(self.args.batch, images.shape[-1] // kl.stride, self.rng(step))
+            loss = loss + kl.loss(images, [x[rows] for x in draws])[0]
         return loss
 
     def after(self, step, ema):
