@@ -193,7 +193,7 @@ def load_model(path: str, kind: str, device="cpu"):
 
 def refuse_other(path: str, model, wanted: dict):
     """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
-    its = {**asdict(model.config), **model.about}
+    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}
     if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
         raise UserError(f"{path} was trained with other {' and '.join(other)} than the cache has; train it on this "
                         "cache, with --fresh.")

@@ -15,11 +15,13 @@ from tokenizers import KLConfig, VQConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with linear warm-up, then a constant rate, gradient clipping and an exponential moving average (EMA)."""
+    """AdamW: linear warm-up, a constant rate, at the end a linear decay; gradient clipping; moving average (EMA)."""
     batch: int                  # images per optimizer step, over all ranks
     epochs: float
     lr: float                   # at batch 256; scaled linearly with the batch
     warmup: float = 0.0         # epochs
+    decay: float = 0.0          # share of all steps, the last ones, over which the rate falls to zero
+    balanced: bool = False      # show every class equally often (stages 1 and 2)
     weight_decay: float = 0.02
     clip: float = 3.0           # gradient norm
     ema: float = 0.9999
@@ -104,18 +106,20 @@ PRIOR = Recipe(256, 300, 1e-4, weight_decay=0.05, clip=1.0)
 D2C, MAR = Recipe(2048, 800, 5e-5, warmup=100, micro=32), Recipe(2048, 800, 1e-4, warmup=100, micro=32)
 OFFICIAL = Preset(256, VQConfig(), KLConfig(), PriorConfig(), BASE, "resampled", (TOKENIZERS, PRIOR, D2C), Sampling())
 
-# Tokenizers of the small presets: convolutions from half resolution on, beside a linear path of 8x8 patches.
-SMALL = dict(ch=32, ch_mult=(1, 2, 2), blocks=1, unshuffle=2, linear_path=True)
+# Tokenizers of the small presets: convolutions from half resolution on, in parallel to a linear path of 8x8 tiles.
+# 8x8 codes per image; KL merges its 8x8 positions into 4x4 latents of 128 channels, which is a quarter of the work.
+SMALL = dict(ch=32, ch_mult=(1, 2, 2), unshuffle=2, linear_path=True, z_channels=32)
 TINY = Preset(
-    64, VQConfig(**SMALL, z_channels=32, codebook_size=512), KLConfig(**SMALL, z_channels=32, scale=None),
-    PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8),
-    GeneratorConfig("cross_attention", dim=192, depth=3, heads=3, prefix=4, token_dim=32, grid=8, head_depth=2,
-                    head_width=256, batch_mul=2, dropout=0.0, queries=2, qformer_width=192, qformer_layers=2,
-                    qformer_heads=3),
+    64, VQConfig(**SMALL, blocks=1, codebook_size=512),
+    KLConfig(**SMALL, blocks=2, lapped=True, merge=2, noise=0.6, scale=None),
+    PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8, dropout=0.2),
+    GeneratorConfig("cross_attention", dim=192, depth=4, heads=3, prefix=4, token_dim=128, grid=4, code_grid=8,
+                    head_depth=3, head_width=384, batch_mul=2, dropout=0.0, queries=2, qformer_width=192,
+                    qformer_layers=2, qformer_heads=3),
     "ground_truth",
-    (Recipe(32, 30, 8e-3, warmup=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
-     Recipe(64, 40, 4e-3, warmup=1.0, weight_decay=0.05, clip=1.0, ema=0.998),
-     Recipe(64, 100, 2.4e-3, warmup=1.0, ema=0.999)),
+    (Recipe(32, 10, 8e-3, warmup=0.5, decay=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
+     Recipe(64, 40, 4e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),
+     Recipe(32, 200, 4.8e-3, warmup=1.0, decay=0.3, balanced=True, ema=0.999)),
     Sampling(iterations=8, steps=25, cfg=3.0, temperature=0.9, prior_cfg=4.0, t_max=950))
 
 # Seconds on a CPU, for the tests: everything at its smallest.

@@ -40,7 +40,7 @@ class VQConfig:
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
     unshuffle: int = 1                # small models: u x u pixels become channels; the first convolution sees 1/u
     linear_path: bool = False         # small models: a linear map of tiles in parallel, see Autoencoder
-    lapped: bool = False              # of the linear path: filter the borders of tiles, see border_filter
+    lapped: bool = False              # of the linear path: tiles that overlap, see border_filter and Decoder
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest."""
+    """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
+
+    With c.lapped the highest level also sees the picture of the linear path, [B, 3u^2, H/u, W/u], to correct it.
+    """
 
     def __init__(self, c, attention):
         super().__init__()
@@ -168,11 +171,15 @@ class Decoder(nn.Module):
             Level(([widths[0]] + widths)[i], w, c.blocks + 1, attention and i == 0, Upsample(w) if i < last else None)
             for i, w in enumerate(widths))
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3 * c.unshuffle**2, 3, padding=1)
+        self.picture_in = nn.Conv2d(3 * c.unshuffle**2, ([widths[0]] + widths)[last], 3, padding=1) if c.lapped else None
 
-    def forward(self, x):
+    def forward(self, x, picture=None):
         x = self.mid(self.conv_in(x))
-        for level in self.levels:
+        for level in self.levels[:-1]:
             x = level(x)
+        if self.picture_in is not None:
+            x = x + self.picture_in(picture)
+        x = self.levels[-1](x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -208,8 +215,11 @@ class Autoencoder(nn.Module):
         return z + self.patch_in(self.lap(images)) if self.config.linear_path else z
 
     def to_images(self, z):  # [B, decoded, h, w] -> [B, 3, H, W]
-        images = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.unshuffle)
-        return images + self.lap(self.patch_out(z), back=True) if self.config.linear_path else images
+        u, x = self.config.unshuffle, self.post_quant_conv(z)
+        if not self.config.linear_path:
+            return F.pixel_shuffle(self.decoder(x), u)
+        images = self.lap(self.patch_out(z), back=True)
+        return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
 
     def lap(self, images, back=False):
         """Applies the border filter across every border between tiles; `back` undoes it. The outer half of the tiles
@@ -407,7 +417,8 @@ class KL(Autoencoder):
         """Draws the KLDraws of B images with h x h positions, on the model's device."""
         device, shape = self.quant_conv.weight.device, (B, self.config.z_channels, h, h)
         normal = lambda: torch.randn(shape, generator=generator, device=device)
-        return KLDraws(normal(), torch.rand(B, 1, 1, 1, generator=generator, device=device), normal())
+        strength = torch.rand(B, 1, 1, 1, generator=generator, device=device) ** 2  # mostly weak
+        return KLDraws(normal(), strength, normal())
 
     def loss(self, images, draws: KLDraws | None = None):
         """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.

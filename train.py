@@ -93,7 +93,7 @@ class Stage(nn.Module):
 
     def read_cache(self):
         """For stages 1 and 2: opens the cache and loads the tokenizers that made it."""
-        self.data = Cache(self.args.data, self.args.seed)
+        self.data = Cache(self.args.data, self.args.seed, self.recipe.balanced)
         self.classes, self.grid, self.codes = self.data.classes, self.data.header["grid"], self.data.header["codebook"]
         for kind in ("vq", "kl"):
             self.frozen[kind] = checkpoints.load_model(self.file(kind), kind, self.device)
@@ -166,6 +166,7 @@ class PriorStage(Stage):
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
         self.read_cache()
+        self.about["tokenizers"].pop("kl")  # the prior knows codes only: latents of any kind may follow
         config = replace(preset.prior, vocab=self.codes, grid=self.grid, classes=len(self.classes))
         self.trained = nn.ModuleDict({"prior": prior.Prior(config)})
 
@@ -191,7 +192,7 @@ class GeneratorStage(Stage):
         if FUSIONS[fusion].reads_codes and os.path.exists(path):
             model = self.frozen["prior"] = checkpoints.load_model(path, "prior", self.device)
             names = self.classes if "classes" in model.about else len(self.classes)  # official files have no names
-            wanted = {"classes": names, "tokenizers": self.about["tokenizers"], "grid": self.grid, "vocab": self.codes}
+            wanted = {"classes": names, "vq": self.data.header["vq"], "grid": self.grid, "vocab": self.codes}
             checkpoints.refuse_other(path, model, wanted)
         elif FUSIONS[fusion].reads_codes:
             refuse([(min(self.true_share) < 1,
@@ -200,7 +201,10 @@ class GeneratorStage(Stage):
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
         config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.merge, code_grid=self.grid,
                          classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
-        model = generator.Generator(config)
+        try:
+            model = generator.Generator(config)
+        except ValueError as error:
+            raise UserError(f"--fusion {fusion} does not fit this preset: {error}.") from None
         if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without a prior the table stays random
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
@@ -306,6 +310,7 @@ def build(args, world) -> Stage:
     epochs = recipe.steps(len(stage.data), args.batch)
     args.steps = args.steps or epochs
     stage.lr, stage.micro = (args.lr or recipe.lr) * args.batch / 256, micro
+    stage.decay = recipe.decay * args.steps
     stage.warmup = recipe.warmup * len(stage.data) / args.batch * (args.steps / epochs if args.hours else 1.0)  # steps
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
            f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
@@ -323,7 +328,8 @@ def settings(stage) -> dict:
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # it is measured along the way
     condition = stage.about.get("condition", "")
-    steps = args.steps if "-" in condition else None  # a share of true codes that moves depends on their number
+    # the share of true codes may move with the number of steps, and so may the learning rate
+    steps = args.steps if "-" in condition or stage.decay else None
     return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
             "data": stage.data.identity}
 
@@ -407,7 +413,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
     bar = tqdm(total=last, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps", mininterval=1)
     stage.trained.train()
     for step in range(first, last):
-        rate = stage.lr * min(1.0, (step + 1) / (stage.warmup + 1))
+        rate = stage.lr * min(1.0, (step + 1) / (stage.warmup + 1), (args.steps - step) / (stage.decay + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=device)

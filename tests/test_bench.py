@@ -123,10 +123,7 @@ def test_bad_input(script):
 
 @pytest.fixture
 def held_out():
-    """Ten toy pictures of 32 pixels, with classes."""
-    classes = torch.arange(10)
-    pictures = [compare.data.toy_picture(int(k), np.random.default_rng((1, int(k)))) for k in classes]
-    return compare.stack(pictures, 32), classes
+    return compare.held_out_toys(10)
 
 
 def test_compare(toy, held_out, tmp_path, capsys):

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -146,7 +145,7 @@ def tokenise(base, images, classes, sampling):
     Prints how far the images are from their own latents, their own codes and codes of the prior, decoded.
     """
     vq, kl, prior = (checkpoints.load_model(f"{base}/{kind}.pt", kind) for kind in ("vq", "kl", "prior"))
-    x, g = data.to_float(images.numpy()), rng("cpu", "tokens")
+    x, g = data.to_float(images), rng("cpu", "tokens")
     codes, latents = vq.encode(x), kl.sample(kl.encode(x), generator=g)
     generators = [rng("cpu", "sample", 0, i) for i in range(len(images))]
     drawn = fast.generate_codes(prior, classes, sampling.prior_cfg, sampling.prior_temperature, generator=generators)
@@ -173,16 +172,10 @@ def measure_generator(path, tokens, images):
         pictures.append(sample.generate(run, classes[part], indices=part.tolist()).images)
         cpu += time.process_time() - start
     pictures = torch.cat(pictures)
-    for i, (k, picture) in enumerate(zip(classes.tolist(), pictures)):
-        sample.save_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()),
-                            f"{path}/pictures/{run.classes[k][0]}/{i:06}.png")
+    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.to_pil(pictures))):
+        sample.save_picture(picture, f"{path}/pictures/{run.classes[k][0]}/{i:06}.png")
     return {**dict(zip(LOSSES, losses / len(images))), "cpu": cpu / len(images), "frechet": frechet(pictures, images),
             "steps": run.generator.about["step"]}
-
-
-def stack(pictures, size):
-    """PIL images -> uint8 [N, 3, size, size], the centre of each."""
-    return torch.from_numpy(np.stack([data.center_crop(p, size) for p in pictures])).permute(0, 3, 1, 2)
 
 
 def held_out(folder, size=64):
@@ -191,12 +184,20 @@ def held_out(folder, size=64):
     labels = np.array(labels)
     count = np.bincount(labels).min()
     chosen = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
-    pictures = [Image.open(f"{folder}/{paths[i]}").convert("RGB") for i in chosen]
-    return stack(pictures, size), torch.tensor(labels[chosen])
+    images = np.stack([data.read_image(f"{folder}/{paths[i]}", size) for i in chosen])
+    return torch.from_numpy(images), torch.tensor(labels[chosen])
+
+
+def held_out_toys(n):
+    """n toy pictures of 32 pixels, likewise. Their seed is 1; the pictures of the training have seed 0."""
+    classes = torch.arange(n) % 10
+    toys = (data.toy_picture(int(k), np.random.default_rng((1, i))) for i, k in enumerate(classes))
+    images = np.stack([data.center_crop(toy, 32) for toy in toys])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), classes
 
 
 def make_toys(out):
-    """-> a run with tokenizers and prior, the cache, and 500 held-out images with classes; makes what is missing."""
+    """-> a run with tokenizers and prior, and the cache; makes what is missing."""
     base, cache = f"{out}/base", f"{out}/cache"
     how = "--preset", "toy", "--run", base, "--grid-every", 0
     if not os.path.exists(f"{base}/prior.pt"):
@@ -204,15 +205,14 @@ def make_toys(out):
         run(ROOT / "train.py", "--stage", 0, "--data", f"{out}/images", "--steps", 600, *how)
         run(ROOT / "data.py", "--images", f"{out}/images", "--run", base, "--out", cache)
         run(ROOT / "train.py", "--stage", 1, "--data", cache, "--steps", 1500, *how)
-    classes = torch.arange(500) % 10
-    pictures = [data.toy_picture(int(k), np.random.default_rng((1, i))) for i, k in enumerate(classes)]
-    return base, cache, (stack(pictures, 32), classes)  # seed 1: the pictures of the training have seed 0
+    return base, cache
 
 
 def main():
     out, *given = sys.argv[1:] or [None]
     if out and not given:
-        compare(__file__, TOYS, 0, (*LOSSES, "frechet"), out, *make_toys(out), "--steps", 250, "--batch", 32)
+        compare(__file__, TOYS, 0, (*LOSSES, "frechet"), out, *make_toys(out), held_out_toys(500),
+                "--steps", 250, "--batch", 32)
     elif len(given) == 3:
         base, cache, folder = given
         columns = *LOSSES, "frechet", "steps", "cpu"

@@ -38,6 +38,7 @@ def functions(form):
     if form == "plain":
         return Prior.generate, Generator.generate, DiffusionHead.sample
     if form == "compiled":
+        torch._dynamo.config.cache_size_limit = 64  # both models, all batches; 8 by default, then it compiles no more
         fast.compile_blocks()
     graphs = fast.Graphs() if form == "graphs" else None
     return fast.generate_codes, partial(fast.generate, graphs=graphs), partial(fast.sample_head, graphs=graphs)

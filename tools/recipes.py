@@ -61,7 +61,7 @@ PRESETS |= GENERATORS | TOKENIZERS | {name: preset for name, (_, preset) in MAR.
 def reconstruct(path, images):
     """The tokenizers of the run PATH on images -> codes and latents, and the decibels of both with the codes in use."""
     vq, kl = (checkpoints.load_model(f"{path}/{kind}.pt", kind) for kind in ("vq", "kl"))
-    x = data.to_float(images.numpy())
+    x = data.to_float(images)
     codes, latents = vq.encode(x), kl.sample(kl.encode(x), generator=rng("cpu", "tokens"))
     decibel = lambda y: float(-10 * (((y.clamp(-1, 1) - x) / 2) ** 2).mean((1, 2, 3)).log10().mean())  # as in fid.py
     return codes, latents, {"vq": decibel(vq.decode(codes)), "kl": decibel(kl.decode(latents)),
