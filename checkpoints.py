@@ -32,7 +32,8 @@ import torch
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from runtime import UserError, barrier, is_first, print0, run_script, write_file
+from faults import run_script
+from runtime import UserError, agree, barrier, is_first, print0, sweep, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -73,7 +74,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 
 def read(path: str) -> dict:
-    """The content of a torch file. Refuses, with a sentence, what is absent, no such file, damaged, or carries code."""
+    """The content of a torch file. Refuses with a sentence what is absent, of another kind, damaged, or holds code."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not there; train it (train.py) or put an official file under this name.")
     try:
@@ -119,8 +120,37 @@ def newest(path: str) -> dict | None:
     return content
 
 
+def save_state(path: str, kind: str, configs: dict, **content):
+    """Writes a training state and keeps the one before it. configs: what `find_state` compares."""
+    write(path, {"format": FORMAT, "kind": kind, "configs": configs, **content}, kept=previous(path))
+
+
+def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
+    """-> the training state to resume from, or None for a new training. All ranks call it.
+
+    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states.
+    """
+    if is_first():
+        sweep(os.path.dirname(path))
+        if fresh:
+            set_aside([path, previous(path), *weights])
+    barrier()
+    state = newest(path)
+    agree(state.get("step") if state else 0, "the step to resume at")
+    if state is None:
+        if is_first():
+            set_aside(weights)
+        return None
+    if state.get("kind") != kind:
+        raise UserError(f"{path} is no training state of this stage; remove it or choose another --run.")
+    if other := [k for k, v in configs.items() if state["configs"].get(k) != v]:
+        raise UserError(f"{path} was trained with other settings ({', '.join(other)}); choose another --run.")
+    print0(f"resuming {path} at step {state['step']:,}")
+    return state
+
+
 def set_aside(paths: list):
-    """Moves files, where there are any, into the first of the folders before-1, before-2, ... that is not there yet."""
+    """Moves the files that exist into a new folder: the first of before-1, before-2, ... that does not exist yet."""
     if paths := [p for p in paths if os.path.exists(p)]:
         folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
         folder = next(f for f in folders if not os.path.exists(f))
@@ -134,7 +164,7 @@ def set_aside(paths: list):
 
 
 def load(path: str, kind: str, ema: bool = True):
-    """-> (config, state_dict in fp32) for our module of `kind`: vq, kl, prior or generator.
+    """-> (config, state_dict in fp32); the state fits our module of `kind` (vq, kl, prior, generator) and config.
 
     An official file may hold an EMA beside the raw weights. ema=False takes the raw ones, MAR's `model` instead of its
     `model_ema`, to compare the two. Our own files hold one set of weights, the EMA if one was trained.
@@ -146,7 +176,7 @@ def load(path: str, kind: str, ema: bool = True):
 
 
 def load_model(path: str, kind: str, device="cpu"):
-    """-> our module with the weights of `path`, frozen, in eval mode; `about` holds what else our files say."""
+    """-> our module with the weights of `path`, frozen, in eval mode. Its `about` is what else a file of ours holds."""
     content = read(path)
     config, state = parse(path, kind, content)
     model = MODULES[kind](config)
@@ -161,8 +191,16 @@ def load_model(path: str, kind: str, device="cpu"):
     return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
 
+def refuse_other(path: str, model, wanted: dict):
+    """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
+    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}
+    if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
+        raise UserError(f"{path} was trained with other {' and '.join(other)} than the cache has; train it on this "
+                        "cache, with --fresh.")
+
+
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """`load` of a file that `read` has read, before `check_tensors`."""
+    """-> (config, state) of a file whose content `read` returned; `check_tensors` is still to come."""
     state = content["state"] if "format" in content else official_state(content, ema)
     if (found := kind_of(path, content, state)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
@@ -178,7 +216,7 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
 
 
 def kind_of(path: str, content: dict, state: dict) -> str:
-    """vq, kl, prior or generator. Our files say it; of the others each has a tensor that no other kind has."""
+    """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
     if "format" in content:
         return content["kind"]
     for kind, (mark, _, _) in OFFICIAL.items():
@@ -216,9 +254,11 @@ def read_classes(path: str) -> dict | None:
 
 
 # -------------------------------------------------------------------------------------------------- official layouts
+# An official file becomes ours in three steps: `official_state` finds its tensors, `rename` gives them our names, and
+# a convert function reads the config from their shapes. `check_tensors` then refuses unknown and absent tensors.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
-IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # parts we do not need
+IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # by our modules
 
 
 def official_weights(content: dict, ema: bool = True) -> str | None:
@@ -245,10 +285,11 @@ def rename(state: dict, names: list) -> dict:
 
 
 def count(state: dict, prefix: str) -> int:
-    """The length of the list of modules whose tensors are named prefix0..., prefix1..., ..."""
+    """The number of modules in a list, from names like prefix + "3.weight"."""
     return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
+# Pieces of the tensors' names: theirs, ours. What is not listed is the same in both.
 AUTOENCODER_NAMES = [(".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"),
                      ("proj_out", "proj")]
 VQ_NAMES = AUTOENCODER_NAMES + [
@@ -351,15 +392,17 @@ SUMMARIES = {  # kind: what it is; its sizes; what must fit other files and the 
 
 
 def describe(path: str) -> str:
-    """Three lines: whose file it is and what is in it; its sizes; what it fits, and its name in a run directory."""
+    """Three lines: whose file it is and what it holds; its sizes; what it fits, and its name in a run directory."""
     content = read(path)
     own, weights = "format" in content, official_weights(content)
     kind = kind_of(path, content, official_state(content))
     if kind not in CONFIGS:
         raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
-    config, state = load(path, kind)
+    config, state = parse(path, kind, content)
+    with torch.device("meta"):
+        check_tensors(path, kind, MODULES[kind](config), state)
     whose = "this repository's" if own else f"{author(kind, config)}'s"
-    average = "EMA" if own and "step" in content or weights in EMA else "as saved" if own else "no EMA in the file"
+    average = "no EMA in the file" if not own and weights not in EMA else "EMA"  # train.py saves the EMA
     values = asdict(config)
     if kind in ("vq", "kl"):
         values["stride"] = config.unshuffle * 2 ** (len(config.ch_mult) - 1)

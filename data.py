@@ -13,7 +13,8 @@ crop. Training therefore runs no encoder. A cache is a folder with
     part-000.npy, part-001.npy, ...   arrays [n, V] of entries; an entry is one view of one image, see `entry_type`
     header.json                       what the cache was made from and with, and which images could not be read
 
-One process makes a part. After a stop the same command makes the parts that are missing.
+One process makes a part, and the file of a part is either whole or absent. After a stop, the same command makes the
+parts that are missing.
 
 train.py reads `Folder` in stage 0 and `Cache` in stages 1 and 2. `Order` decides for both which images step k of a run
 sees. sample.py and fid.py call `read_image`.
@@ -32,7 +33,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import checkpoints
-from runtime import UserError, barrier, print0, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, barrier, print0, setup, sweep, write_file
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -48,7 +50,7 @@ Image.MAX_IMAGE_PIXELS = None  # PIL's limit first only warns; `open_image` refu
 # ----------------------------------------------------------------------------------------------------------- images
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (2105.05233): halve with BOX while twice too large, BICUBIC to the short side, cut the centre."""
+    """ADM's crop (2105.05233): halve while the result is large enough, resize the short side, cut out the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -66,10 +68,10 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
 
 
 def open_image(path: str, size: int | None = None, upright=False) -> Image.Image | None:
-    """The picture in RGB, its transparent parts white. None if the file is no readable image, or is too large.
+    """The picture in RGB, its transparent parts on white. None if the file is no readable image or is too large.
 
-    size: of the crop that will follow. upright: turn the picture as the camera's EXIF note says. ADM's loader ignores
-    the note, and so do training and evaluation.
+    size: of the crop that the caller will make. upright: turn the picture as the camera's EXIF note says. ADM's loader
+    ignores the note, and so do training and evaluation.
     """
     try:
         with Image.open(path) as image:
@@ -112,7 +114,7 @@ def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None
 
 
 def refuse_many(bad: list, paths: list, then=""):
-    """Raises if more than 1% of the images cannot be read: that is a mistake. Fewer are skipped."""
+    """Raises if more than 1% of the images cannot be read. `then` ends the sentence. Fewer images are skipped."""
     if len(bad) > 0.01 * len(paths):
         raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {bad[0]}; "
                         f"repair or remove them{then}.")
@@ -158,9 +160,9 @@ def find_images(root: str):
 
 def entry_type(h: dict) -> np.dtype:
     """One view of one image, in a cache with header h."""
-    g, C = h["grid"], h["channels"]
+    g, z = h["grid"], h["channels"]
     return np.dtype([("codes", np.uint16, (g * g,)),          # of the VQ tokenizer, in raster order
-                     ("moments", np.float16, (2 * C, g, g)),  # of the KL tokenizer: mean and log-variance
+                     ("moments", np.float16, (2 * z, g, g)),  # of the KL tokenizer: mean and log-variance
                      ("label", np.int32),                     # the class; -1 where the image could not be read
                      ("sum", np.uint32)])                     # CRC-32 of the bytes above; every read checks it
 
@@ -264,14 +266,14 @@ class Folder:
         self.root, self.size = root, size
         self.paths, self.labels, self.classes = find_images(root)
         self.order, self.threads = Order(np.arange(len(self.paths)), seed), ThreadPoolExecutor(4)
-        self.unreadable = {}  # path -> None: a set in order
+        self.unreadable = {}  # path -> None: a set that keeps its order
         self.identity = text_hash(self.paths)
 
     def __len__(self):
         return len(self.order)
 
     def _read(self, image, view):
-        """The centre crop of the image, mirrored in view 1; the next image takes the place of one without a picture."""
+        """The centre crop of an image, mirrored in view 1. The next image takes the place of an unreadable one."""
         while (pixels := read_image(os.path.join(self.root, self.paths[image]), self.size)) is None:
             if self.paths[image] not in self.unreadable:
                 self.unreadable[self.paths[image]] = None
@@ -285,7 +287,7 @@ class Folder:
 
 
 class Cache:
-    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2C, h, w] float16, classes [n] int64.
+    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2z, h, w] float16, classes [n] int64.
 
     balanced: draw every class equally often, see `Order`.
     """
@@ -312,7 +314,7 @@ class Cache:
                             f"make it again: python data.py --images DIR --run {os.path.dirname(path)} --out CACHE")
 
     def entry(self, image, view):
-        """One view of one image: an array of no dimensions with the fields of `entry_type`."""
+        """One view of one image: a record with the fields of `entry_type`, after a look at its checksum."""
         p, i = divmod(image, self.header["part"])
         entry = self.parts[p][i, view]
         if entry["sum"] != entry_sum(entry):
@@ -337,6 +339,24 @@ def ahead(load, steps):
         yield from (last.result() for last in waiting)
 
 
+def batches(data, world, batch: int, micro: int, first: int, last: int):
+    """Yields, pass by pass of the steps first to last - 1, this rank's rows of the global batch and their tensors.
+
+    A rank takes `micro` of the `batch` images in each pass: a slice of the global batch. Tensors are on its device.
+    """
+    cuda = world.device.type == "cuda"
+
+    def load(place):
+        step, start = place
+        rows = slice(start, start + micro)
+        tensors = data.batch(range(step * batch, (step + 1) * batch)[rows])
+        return rows, [x.pin_memory() if cuda else x for x in tensors]  # pinned: the copy to the GPU need not wait
+
+    starts = range(world.rank * micro, batch, world.size * micro)  # one per pass
+    for rows, tensors in ahead(load, ((step, start) for step in range(first, last) for start in starts)):
+        yield rows, [x.to(world.device, non_blocking=cuda) for x in tensors]
+
+
 # ------------------------------------------------------------------------------------------------- making a cache
 
 def tokenise(images: str, run: str, out: str, world, size: int | None = None, views=2, seed=0, dry_run=False):
@@ -348,7 +368,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     size = size if size is not None else kl.about.get("image_size", 256)
     if vq.config.codebook_size > 2**16:
         raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    if size < 1 or size % (kl.stride * kl.config.patch) or vq.stride != kl.stride:
+    if size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride:
         raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
@@ -388,8 +408,8 @@ def begin(out, h):
     need = sum(map(len, missing.values())) * h["views"] * entry_type(h).itemsize  # bytes
     free = shutil.disk_usage(out).free
     if need > free:
-        raise UserError(f"cannot write {out}: it needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB; "
-                        "free some space or choose another --out.")
+        raise UserError(f"cannot write {out}: it needs {need / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB; free "
+                        "some space or choose another --out.")
 
 
 def write_parts(out, h, world, paths, labels, read, vq, kl):
@@ -445,7 +465,7 @@ def finish(out, h, paths, file_scale):
 
 
 def checked_moments(out, h, skipped: list):
-    """Yields the moments [n*V, 2C, h, w] of each chunk; appends the numbers of unreadable images to `skipped`."""
+    """Yields the moments [n*V, 2z, h, w] of chunk after chunk, and appends the unreadable images to `skipped`."""
     for file, numbers in part_files(out, h).items():
         part = open_part(file, numbers, h)
         for i in range(0, len(part), CHUNK):
@@ -469,7 +489,7 @@ SHAPES = {  # name -> how to draw it with colour c, centre (x, y) and "radius" r
 
 
 def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Image.Image:
-    """One of 10 classes: five shapes, warm on a smooth background (0 to 4) or cold on a striped one (5 to 9)."""
+    """Labels 0 to 4 are the shapes in a warm colour on a smooth ground, 5 to 9 in a cold colour on stripes."""
     warm = label < 5
     y, x = np.mgrid[:size, :size] / size
     angle, phase = random.uniform(0, np.pi), random.uniform(0, 2 * np.pi)
@@ -477,7 +497,7 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
     wave = wave if warm else 0.5 + 0.3 * np.sin(2 * np.pi * 6 * wave + phase)
     dark, light = random.uniform(20, 90, 3), random.uniform(110, 200, 3)
     ground = dark + (light - dark) * wave.clip(0, 1)[..., None]
-    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))  # drawn large: soft edges in the end
+    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))  # shrinking softens the edges
     color = (np.array([235, 120, 40]) if warm else np.array([60, 140, 240])) + random.integers(-20, 20, 3)
     color, r = tuple(int(v) for v in color.clip(0, 255)), random.uniform(0.2, 0.34) * 4 * size
     cx, cy = random.uniform(0.38, 0.62, 2) * 4 * size
@@ -486,7 +506,7 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
 
 
 def write_toy(count: int, out: str, seed: int = 0):
-    """Writes `count` toy pictures as an image folder; picture i is the same whatever the count."""
+    """Writes toy pictures as an image folder. Picture i depends on i and the seed only, not on their count."""
     names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
     for name in names:
         os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)

@@ -39,7 +39,8 @@ import sample
 from data import ahead, read_image, text_hash, to_float
 from inception import Inception, exact_convolutions, file_hash, find_inception, measure
 from presets import Sampling
-from runtime import UserError, barrier, print0, run_script, setup, write_file
+from faults import run_script
+from runtime import UserError, barrier, print0, setup, write_file
 
 METRICS = ["fid", "sfid", "is", "pr"]
 PROTOCOLS = {
@@ -240,16 +241,15 @@ def draw_images(args, device) -> Images:
     run = sample.load_run(args.run, device)
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
     seed, num = args.seed or 0, args.num or 50_000
-    pixels = run.generator.config.grid * run.kl.config.patch * run.kl.stride
     names = [sample.picture_name(run, labels, i) for i in range(num)]
 
     def load(numbers):
-        return sample.generate(run, [labels[i % len(labels)] for i in numbers], seed, numbers, s).images
+        return sample.generate(run, torch.tensor([labels[i % len(labels)] for i in numbers]), seed, numbers, s).images
 
     settings = {**sample.describe(run, s, seed, labels), "num": num}
     about = about_images(args.run, None, map(os.path.dirname, names), settings)
     # `map`, not `ahead`: its thread would draw while Inception runs, and `exact_convolutions` affects all threads
-    return Images(num, [pixels, pixels], partial(map, load), about, names)
+    return Images(num, [run.pixels, run.pixels], partial(map, load), about, names)
 
 
 # -------------------------------------------------------------------------------------------------------- references

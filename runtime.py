@@ -1,10 +1,8 @@
-"""Where the code runs: device, optional torch.distributed, seeds, files, and one kind of error for users.
+"""Where the code runs: device, ranks, random numbers, files, and the one kind of error that a user sees.
 
-What computes calls `setup()` first. Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU); under plain
-`python` the same code runs as rank 0 of 1. `spread` divides a training among the ranks (DDP, FSDP2).
-
-What may happen to a long run is met here: signals and numbers that are not finite (`Watch`), and ranks that die
-(`Pulse`).
+Every program calls `setup()` first. Under plain `python` the program is rank 0 of 1. Under torchrun the same code joins
+a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2). What may
+happen to a long run (signals, ranks that die, numbers that are not finite) is in faults.py.
 """
 import glob
 import hashlib
@@ -12,12 +10,7 @@ import json
 import math
 import os
 import re
-import signal
-import sys
-import threading
 import time
-import traceback
-import uuid
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,18 +20,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-
-SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
 PATIENCE = timedelta(hours=2)  # of a rank in a collective: rank 0 writes files and measures while the others wait
-PULSE = None  # this process's `Pulse`, when there are several
 
 
 class UserError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do; scripts print it, no traceback."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal ends the script: Stopped(number, sentence)."""
+def refuse(problems):
+    """problems: pairs (is this wrong?, sentence without its full stop). Raises the sentence of the first wrong one."""
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(f"{sentence}.")
 
 
 @dataclass(frozen=True)
@@ -50,57 +43,41 @@ class World:
 
 
 def setup(device: str | None = None) -> World:
-    """Chooses the device (CUDA, then Apple's MPS, then CPU, unless named) and joins torchrun's process group."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None:
-        mps = torch.backends.mps.is_available() and ranks == 1  # no distributed backend for MPS
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", device):
-        raise UserError(f"--device must be cuda, cuda:N, mps or cpu, not {device}.")
-    if device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
-        raise UserError("there is no mps here: it takes an Apple GPU that PyTorch sees, and a single process.")
-    if device.startswith("cuda"):
-        device = f"cuda:{local}" if ranks > 1 or device == "cuda" else device
-        if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
-            raise UserError(f"there is no {device}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
-        torch.cuda.set_device(torch.device(device))
-        torch.backends.cudnn.allow_tf32 = True  # tokenizers' convolutions; products: see diffloss.tf32
-    rank = 0
-    if ranks > 1:
-        rank, start, store = meet()
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
-                                world_size=ranks, timeout=PATIENCE)
-        global PULSE
-        PULSE = Pulse(rank, ranks, start)
-    return World(torch.device(device), rank, ranks)
+    """Chooses the device (CUDA, then Apple's MPS, then CPU, unless named) and joins torchrun's process group.
 
-
-def meet():
-    """-> this process's rank, the name of this start, and the store by which its ranks find each other, empty.
-
-    torchrun keeps one store for all restarts (PyTorch 2.13), and a rank that reads the address of a dead one there
-    waits for it. So rank 0 draws a name for the keys of this start, and the others ask for it, each with a word of its
-    own, to which no dead rank can have written the answer.
+    START names this start of the command among all that torchrun has made: see faults.meet.
     """
-    store, rank, ranks = next(dist.rendezvous("env://"))
-    name = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"question of {rank}", name)
-        name = store.get(f"answer to {name}").decode()
-        store.set(f"{name} is known to {rank}", "")
-    known = set()
-    while rank == 0 and len(known) < ranks - 1:
-        for r in set(range(1, ranks)) - known:
-            question = store.get(f"question of {r}").decode()  # by this start's rank r, or still by one that is dead
-            store.set(f"answer to {question}", name)
-            try:
-                store.wait([f"{name} is known to {r}"], timedelta(seconds=1))
-                known.add(r)
-            except dist.DistStoreError:  # not yet; then look whether a new question has come
-                pass
-    return rank, name, dist.PrefixStore(name, store)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device, ranks, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = True  # the tokenizers' convolutions; for matrix products see diffloss.tf32
+    if ranks == 1:
+        return World(device)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
+                            timeout=PATIENCE)
+    return World(device, rank, ranks)
 
+
+def choose_device(name: str | None, ranks: int, local: int) -> torch.device:
+    """name: cuda, cuda:N, mps, cpu or None. With several ranks, the rank `local` of its machine takes GPU `local`."""
+    mps = torch.backends.mps.is_available() and ranks == 1  # PyTorch has no process group for MPS
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
+        raise UserError(f"--device must be cuda, cuda:N, mps or cpu, not {name}.")
+    if name == "mps" and not mps:
+        raise UserError("there is no mps here: it takes an Apple GPU that PyTorch sees, and a single process.")
+    if name.startswith("cuda"):
+        name = f"cuda:{local}" if ranks > 1 or name == "cuda" else name
+        if not torch.cuda.is_available() or torch.device(name).index >= torch.cuda.device_count():
+            raise UserError(f"there is no {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------------------------------- ranks
 
 def is_first() -> bool:
     """Rank 0, which prints and writes the files that all ranks share."""
@@ -133,7 +110,7 @@ def broadcast(values: torch.Tensor):
 
 
 def agree(value, what: str):
-    """Raises on every rank unless all ranks have the same value."""
+    """Raises a UserError on every rank unless all ranks have the same value; `what` names it in the message."""
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
@@ -149,6 +126,8 @@ def gather(value):
     dist.gather_object(value, values)
     return values
 
+
+# ------------------------------------------------------------------------------------------------ numbers on a device
 
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
@@ -167,13 +146,20 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------------- files
+
+def make_folder(path: str):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another.") from None
+
 
 def write_file(path: str, fill, kept: str | None = None):
-    """fill(file) writes a binary file, which becomes `path` once it is whole: temporary file, fsync, rename.
+    """Writes a binary file that is never seen half written: fill(file) fills a temporary file, which is then renamed.
 
-    kept: the new name of the file that was there. A kill at any moment leaves a whole file under one of the
-    two names, and a temporary one at most, which `sweep` removes.
+    kept: the new name of the file that was at `path` before. A kill at any moment leaves a whole file under one of the
+    two names, and at most one temporary file, which `sweep` removes.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
@@ -194,7 +180,7 @@ def write_file(path: str, fill, kept: str | None = None):
 
 
 def sweep(folder: str):
-    """Removes what writers that were killed have left in a folder and in those in it. For one rank."""
+    """Removes the temporary files of killed writers from a folder and its subfolders. For one rank to call."""
     for inside in ("*", os.path.join("*", "*")):
         for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
             pid = path.rpartition(".tmp")[2]
@@ -203,18 +189,18 @@ def sweep(folder: str):
 
 
 def is_alive(pid: int) -> bool:
-    """Does a process of this number run on this machine?"""
+    """Does a process with this number run on this machine?"""
     try:
-        os.kill(pid, 0)  # sends nothing
+        os.kill(pid, 0)  # signal 0 is never sent; the call only checks
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         pass
     return True
 
 
 def log(path: str, **record):
-    """Appends one JSON line to `path`; numbers that are not finite, which JSON does not know, become null."""
+    """Appends one JSON line to `path`. JSON has no NaN and no infinity, so such numbers become null."""
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         with open(path, "a") as f:
@@ -223,23 +209,59 @@ def log(path: str, **record):
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ many GPUs
+def read_log(path: str, **fields) -> list[dict]:
+    """The records of a log that have these fields."""
+    with open(path) as f:
+        return [record for record in map(json.loads, f) if fields.items() <= record.items()]
+
+
+def read_json(path: str):
+    """What a JSON file holds; None if there is no file."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use {path}: {error}; remove it or choose another folder.") from None
+
+
+def write_json(path: str, value):
+    """Writes a JSON file. Ranks may all call it: the first one writes."""
+    if is_first():
+        write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+# -------------------------------------------------------------------------------------------------------- many GPUs
+
+def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
+    """Divides a global batch among ranks and accumulated passes. -> images per rank and pass, number of passes.
+
+    passes None: as few as possible with at most `most` images per rank and pass.
+    """
+    rank = batch // world.size
+    fitting = [n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most]
+    passes = passes or min(fitting, default=1)
+    images, rest = divmod(batch, world.size * passes)
+    refuse([(rest, f"a batch of {batch} does not divide into {world.size} ranks x {passes} passes; change --batch")])
+    return images, passes
+
 
 def spread(module, ema, world: World, shard: bool, parts: tuple):
-    """-> what the loop calls for the loss of `module` on several ranks, whose gradients are averaged in backward.
+    """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
-    its gradient, moments and EMA (FSDP2): a module of one of the types `parts` is gathered only while it computes, all
-    else once a pass. ema: the averages, sharded alike.
+    its gradient, moments and EMA (FSDP2). A module of one of the types `parts` is put together only while it computes,
+    all other parameters once a pass. ema: the averages, which are sharded alike.
     """
     if not shard:
         if world.size == 1:
             return module
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # no buffers: VQ's usage counts differ by rank, and are meant to; torch >= 2.13 warns about this flag
+        # Buffers stay apart: each rank counts in VQ.usage which codes it chose. torch >= 2.13 warns about this flag.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-    from torch.distributed.device_mesh import init_device_mesh  # a second of importing, which only --shard shall cost
+    from torch.distributed.device_mesh import init_device_mesh  # importing takes a second, so only --shard does it
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -249,210 +271,43 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
 
 
 def passes(module, last: bool):
-    """The context of a forward under `spread`: ranks average gradients in the last accumulated pass of a step only."""
+    """The context of a forward pass under `spread`: only the last accumulated pass of a step averages over ranks."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
 
 def whole(value):
-    """A nested dict or list with its shards put together, on the CPU of rank 0 and None elsewhere; the rest as it is.
+    """Copies a nested dict or list and puts each sharded tensor in it together. All ranks must call it.
 
-    For all ranks to call.
+    Rank 0 gets the whole tensor, on the CPU; the other ranks get None. Values that are not sharded stay as they are.
     """
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):
         return [whole(v) for v in value]
-    if not hasattr(value, "full_tensor"):  # no shard (a DTensor)
+    if not hasattr(value, "full_tensor"):  # FSDP2's shards are DTensors, which have this method
         return value
     full = value.full_tensor()
     return full.cpu() if is_first() else None
 
 
+def unsharded(models, types: dict):
+    """A ModuleDict of sharded models -> whole models in eval mode on rank 0, None elsewhere. All ranks must call it."""
+    weights, device = whole(models.state_dict()), next(models.parameters()).device
+    if not is_first():
+        return None
+    models = torch.nn.ModuleDict({kind: types[kind](model.config) for kind, model in models.items()})
+    models.load_state_dict(weights)
+    return models.to(device).eval()
+
+
 def shard_moments(optimizer):
-    """Of moments that came whole from a file, keeps the share that belongs to this rank's parameters."""
-    from torch.distributed.tensor import distribute_tensor
+    """Under FSDP2, keeps this rank's share of the moments, which load_state_dict has read whole from a file."""
+    if any(hasattr(p, "full_tensor") for p in optimizer.state):
+        from torch.distributed.tensor import distribute_tensor  # takes a second, too
 
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if hasattr(p, "full_tensor") and value.shape == p.shape:
-                state[name] = distribute_tensor(value, p.device_mesh, p.placements)
-
-
-# ---------------------------------------------------------------------------------------------------- what may go wrong
-
-class Pulse:
-    """A thread of each rank that shows that it lives, looks at the next rank, and ends the process when one has died.
-
-    NCCL would wait for a dead rank until its timeout, for hours; gloo would end with a traceback that names nobody.
-    The store is the one through which the ranks met; torchrun keeps it on the first node.
-    """
-
-    def __init__(self, rank, size, start):
-        self.rank, self.size, self.over = rank, size, threading.Event()
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.job = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        self.store = dist.PrefixStore(f"{start}/pulse", self.job)  # a restart must not read the notes of those before
-        self.store.set(f"{rank}", "0")
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-
-    def watch(self):
-        beats, other, last, changed = 0, (self.rank + 1) % self.size, None, time.monotonic()
-        try:
-            while not self.over.wait(1.0):
-                beats += 1
-                self.store.set(f"{self.rank}", str(beats))
-                now = self.store.get(f"{other}")
-                if now != last:
-                    last, changed = now, time.monotonic()
-                if now != b"over" and time.monotonic() - changed > SILENCE and self.end_all():
-                    print(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end. The same "
-                          f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-                if self.store.check(["told"]):
-                    os._exit(1)
-        except RuntimeError:  # the store is gone, and with it the node that had it
-            if not self.over.is_set():
-                print(f"rank {self.rank}: the first node does not answer any more; the same command goes on from the "
-                      f"last checkpoint.", file=sys.stderr, flush=True)
-                os._exit(1)
-
-    def end_all(self) -> bool:
-        """Ends all ranks within a second. True for the first one that calls it, which is to tell the user why."""
-        return self.store.add("told", 1) == 1
-
-    def stop(self):
-        """For a rank that ends in order, and may do so before the others."""
-        self.over.set()
-        self.thread.join()
-        self.store.set(f"{self.rank}", "over")
-
-
-def is_restart() -> bool:
-    """For rank 0, once a process: has torchrun started the same command before?"""
-    if PULSE is None:
-        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return PULSE.job.add("starts", 1) > 1  # that variable counts per node
-
-
-class Watch:
-    """What all ranks must answer alike after a step: was it finite, and has one of them been asked to stop?
-
-    The first answer stays on the device, where the optimizer reads it. The second is the host's, goes through a gloo
-    group of its own while the next step runs, and so comes a step late. Neither lets the host wait for the device.
-    """
-    patience = 10  # steps in a row that are not finite
-
-    def __init__(self, world: World, skipped=0):
-        scalar = lambda value=0: torch.tensor(float(value), device=world.device)
-        self.total, self.steps = scalar(), 0                      # sum of the finite losses and steps, since the report
-        self.skipped, self.reported = scalar(skipped), skipped    # steps that were not finite: now; at the last report
-        self.in_row, self.longest = scalar(), scalar()            # of those, the last ones in a row; most in a row
-        self.norm = scalar()                                      # of the last step's gradient
-        self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
-        self.signal, self.answer = torch.zeros((), dtype=torch.long), None  # received here; by any rank, a step ago
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        """The first signal stops after the step, a second Ctrl-C at once, but not under torchrun, which repeats it."""
-        if self.signal and number == signal.SIGINT and not self.hosts:
-            raise KeyboardInterrupt
-        self.signal.fill_(number)
-
-    def bad(self, loss, norms) -> torch.Tensor:
-        """Counts a step: 1.0 on the device if on any rank its loss or a gradient norm is not finite, else 0.0."""
-        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-        self.norm = sum(norms)
-        bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
-        if self.hosts:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        self.total += torch.where(bad > 0, 0.0, loss)
-        self.steps += 1
-        self.skipped += bad
-        self.in_row = (self.in_row + bad) * bad
-        self.longest = torch.maximum(self.longest, self.in_row)
-        return bad
-
-    def report(self):
-        """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row; waits."""
-        if self.longest >= self.patience:
-            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
-                            "checkpoint is from before; go on from it with a lower --lr.")
-        skipped = int(self.skipped)
-        finite = self.steps - (skipped - self.reported)
-        mean = float(all_mean(self.total)) / finite if finite else math.nan
-        self.total, self.steps, self.reported = torch.zeros_like(self.total), 0, skipped
-        return mean, skipped, int(self.in_row)
-
-    def asked_to_stop(self) -> int:
-        """The number of the signal that any rank had received one step ago (one process: by now), or 0."""
-        if not self.hosts:
-            return int(self.signal)
-        number = 0
-        if self.answer is not None:
-            self.work.wait()
-            number = int(self.answer)
-        self.answer = self.signal.clone()
-        self.work = dist.all_reduce(self.answer, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
-        return number
-
-
-def step_unless(bad: torch.Tensor, optimizer):
-    """A step of a fused AdamW, which leaves weights and moments alone where `bad` is 1: decided on the device."""
-    if bad.device.type != "mps":
-        optimizer.found_inf = bad  # a loss scaler's way to say so
-        optimizer.step()
-    elif not bad:  # no fused AdamW there: the host asks, and waits
-        optimizer.step()
-
-
-def run_script(main):
-    """Runs main() and ends the process: a user's mistake becomes a sentence and exit code 1, a signal a clean stop."""
-    sentence = "stopped; run the same command again to go on"
-
-    def stop(number, frame):
-        raise Stopped(number, sentence)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}  # the old handlers
-    code = 1
-    try:
-        main()
-        code = 0
-    except UserError as error:
-        if not PULSE or PULSE.end_all():  # ranks tend to have the same mistake at the same time
-            print(f"{os.path.basename(sys.argv[0])}: {error}" + (f" (rank {PULSE.rank})" if PULSE else ""),
-                  file=sys.stderr)
-    except KeyboardInterrupt as stopped:
-        number, sentence = stopped.args or (signal.SIGINT, sentence)
-        if is_first():
-            print(sentence, file=sys.stderr)
-        code = 128 + number
-    except BaseException as error:
-        if PULSE is None:
-            raise
-        if lost_connection(error):  # another rank has ended; the thread finds out which, says so, ends this process
-            # torchrun may be quicker: it names the rank too, and sends a signal
-            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
-            PULSE.thread.join(2 * SILENCE)
-        if PULSE.end_all():
-            traceback.print_exc()
-            print(f"rank {PULSE.rank} ends with the error above, and with it all others", file=sys.stderr)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if dist.is_initialized():
-        if code:  # at once: leaving the group in order could wait for ranks that wait for this one
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        if PULSE:  # none in a group of one rank, which --shard makes
-            PULSE.stop()
-        dist.destroy_process_group()
-    sys.exit(code)
-
-
-def lost_connection(error) -> bool:
-    """Is this what a collective raises when another rank is gone?"""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection"))
+        for p, state in optimizer.state.items():
+            for name, value in state.items():
+                if value.shape == p.shape:
+                    state[name] = distribute_tensor(value, p.device_mesh, p.placements)

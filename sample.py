@@ -45,7 +45,8 @@ from data import center_crop, read_image, to_float
 from generator import Generator
 from presets import Sampling
 from prior import Prior
-from runtime import UserError, autocast, barrier, print0, rng, run_script, setup, sweep, write_file
+from faults import run_script
+from runtime import UserError, autocast, barrier, print0, refuse, rng, setup, sweep, write_file
 from tokenizers import KL, VQ
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
@@ -96,13 +97,6 @@ def official_classes(path, n):
     if [c[0] for c in classes] != list(range(n)):
         raise UserError(f"{path}/classes.tsv must give each id from 0 to {n - 1} once, for {n} classes.")
     return classes
-
-
-def refuse(problems):
-    """problems: pairs (is this wrong?, sentence). Raises the sentence of the first wrong one."""
-    for wrong, sentence in problems:
-        if wrong:
-            raise UserError(sentence + ".")
 
 
 def check_fit(path, run: Run):

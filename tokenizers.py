@@ -23,7 +23,6 @@ can therefore not import `transformers`.
 """
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ class VQConfig:
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
     unshuffle: int = 1                # small models: u x u pixels become channels; the first convolution sees 1/u
     linear_path: bool = False         # small models: a linear map of tiles in parallel, see Autoencoder
-    lapped: bool = False              # of the linear path: filter the borders of tiles, see border_filter
+    lapped: bool = False              # of the linear path: tiles that overlap, see border_filter and Decoder
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest."""
+    """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
+
+    With c.lapped the highest level also sees the picture of the linear path, [B, 3u^2, H/u, W/u], to correct it.
+    """
 
     def __init__(self, c, attention):
         super().__init__()
@@ -168,11 +170,17 @@ class Decoder(nn.Module):
             Level(([widths[0]] + widths)[i], w, c.blocks + 1, attention and i == 0, Upsample(w) if i < last else None)
             for i, w in enumerate(widths))
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3 * c.unshuffle**2, 3, padding=1)
+        self.picture_in = None
+        if c.lapped:
+            self.picture_in = nn.Conv2d(3 * c.unshuffle**2, ([widths[0]] + widths)[last], 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x, picture=None):
         x = self.mid(self.conv_in(x))
-        for level in self.levels:
+        for level in self.levels[:-1]:
             x = level(x)
+        if self.picture_in is not None:
+            x = x + self.picture_in(picture)
+        x = self.levels[-1](x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -208,8 +216,11 @@ class Autoencoder(nn.Module):
         return z + self.patch_in(self.lap(images)) if self.config.linear_path else z
 
     def to_images(self, z):  # [B, decoded, h, w] -> [B, 3, H, W]
-        images = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.unshuffle)
-        return images + self.lap(self.patch_out(z), back=True) if self.config.linear_path else images
+        u, x = self.config.unshuffle, self.post_quant_conv(z)
+        if not self.config.linear_path:
+            return F.pixel_shuffle(self.decoder(x), u)
+        images = self.lap(self.patch_out(z), back=True)
+        return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
 
     def lap(self, images, back=False):
         """Applies the border filter across every border between tiles; `back` undoes it. The outer half of the tiles
@@ -328,7 +339,6 @@ class VQ(Autoencoder):
         self.usage.zero_()
         return dead
 
-
     @torch.no_grad()
     def fit_linear_path(self, images, generator=None):
         """Sets linear path and codebook from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK).
@@ -351,17 +361,6 @@ class VQ(Autoencoder):
 
 
 # -------------------------------------------------------------------------------------------------------------- KL
-
-class KLDraws(NamedTuple):
-    """The random numbers of one training step, drawn for the whole batch, of which each rank takes its images."""
-    posterior: torch.Tensor  # [B, z, h, h]
-    strength: torch.Tensor   # [B, 1, 1, 1] in [0, 1): of the added noise, per image
-    noise: torch.Tensor      # [B, z, h, h]
-
-    def rows(self, images):
-        """The numbers of the images in a slice."""
-        return KLDraws(*(x[images] for x in self))
-
 
 class KL(Autoencoder):
     """Continuous tokenizer: a Gaussian posterior per position."""
@@ -403,25 +402,28 @@ class KL(Autoencoder):
         z = (latents / self.config.scale).mT.reshape(B, C, isqrt(L), isqrt(L))
         return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
-    def draw(self, B, h, generator=None) -> KLDraws:
-        """Draws the KLDraws of B images with h x h positions, on the model's device."""
-        device, shape = self.quant_conv.weight.device, (B, self.config.z_channels, h, h)
-        normal = lambda: torch.randn(shape, generator=generator, device=device)
-        return KLDraws(normal(), torch.rand(B, 1, 1, 1, generator=generator, device=device), normal())
+    def draw(self, B, h, generator=None):
+        """Draws what a training step on B images with h x h positions needs: two noises [B, z, h, h], of the posterior
+        and to be added, and the strength [B, 1, 1, 1] in [0, 1) of the added one. On the model's device.
+        """
+        shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
+        return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
-    def loss(self, images, draws: KLDraws | None = None):
-        """-> scalar, reconstruction. L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
+    def loss(self, images, draws=None):
+        """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
+
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
 
         The weight 1e-6 is LDM's. LDM sums the reconstruction error over pixels and colours and this code averages it,
         so the KL term counts 3HW times more here. With config.noise the decoder reads noised latents (l-DeTok,
         2507.15856, interpolates with noise instead). So it learns to decode imperfect latents, such as stage 2 makes.
         """
         mean, logvar = self.posterior(self.to_grid(images))
-        draws = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
-        z = mean + (0.5 * logvar).exp() * draws.posterior
+        posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
+        z = mean + (0.5 * logvar).exp() * posterior
         if self.config.noise:
             # relative to z.std(): the encoder cannot escape the noise with larger latents
-            z = z + self.config.noise * draws.strength * z.std() * draws.noise
+            z = z + self.config.noise * strength * z.std() * added
         reconstruction = self.to_images(z)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images) + 1e-6 * kl, reconstruction

@@ -26,12 +26,12 @@ def pytest_configure(config):
 
 def run_in_process(name, *args):
     """`python NAME.py ARGS` without a new process -> code, out, err. What escapes is the traceback a user would see."""
-    import runtime
+    import faults
     argv, out, err = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = [f"{name}.py", *map(str, args)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            runtime.run_script(importlib.import_module(name).main)
+            faults.run_script(importlib.import_module(name).main)
     except SystemExit as end:
         code = end.code
     except Exception:

@@ -275,7 +275,7 @@ def stage_1_before_stage_0(c):
 
 @case("no prior.pt yet", "stage 1 first")
 def stage_2_before_stage_1(c):
-    return train(c, 2, "--condition", "teacher_forced", run=c.copy_run("vq", "kl"))
+    return train(c, 2, "--condition", "resampled", run=c.copy_run("vq", "kl"))
 
 
 @case(r"kl\.pt holds prior weights where kl is expected")
@@ -400,6 +400,9 @@ flags("sample", ["--plain excludes"], "--plain --graphs", "--plain --compile")
 flags("train", ["at least 1"], "--steps 0", "--steps -5", "--batch 0", "--batch -16", "--accumulate 0", "--log-every 0",
       "--save-every 0")
 flags("train", ["--lr"], "--lr -1", "--lr 0", "--lr nan")
+flags("train", ["--hours"], "--hours 2", "--stage all --hours 0", "--stage all --hours nan",
+      "--stage all --hours 1 --condition mixed:1-0")
+flags("train", ["single stage"], "--stage all", "--stage all --steps 5 --lr 1")
 flags("train", ["does not divide", "change --batch"], "--batch 15 --accumulate 2", "--accumulate 32")
 flags("train", ["--stage"], "--stage 3")
 flags("train", ["--fusion"], "--fusion prefixes")

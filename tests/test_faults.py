@@ -28,6 +28,7 @@ from PIL import Image
 
 import checkpoints
 import data
+import faults
 import runtime
 import sample
 from conftest import ROOT, run_in_process
@@ -143,6 +144,17 @@ def test_signal_finishes_the_step_saves_and_says_so(toy, copy_run, works, script
     assert_same(train_state(run), train_state(undisturbed))
 
 
+def test_signal_after_the_last_step_is_not_lost():
+    """It must stop what follows a stage in the same process."""
+    before = signal.getsignal(signal.SIGTERM)
+    watch = faults.Watch(runtime.World(torch.device("cpu")))
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(faults.Stopped) as stopped:
+        watch.close()
+    assert stopped.value.args[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    faults.Watch(runtime.World(torch.device("cpu"))).close()
+
+
 # --------------------------------------------------------------------------------------- numbers that are not finite
 
 def poison(monkeypatch, steps):
@@ -204,19 +216,19 @@ def test_sweep_leaves_what_is_being_written(tmp_path):
 
 
 def test_restart_of_one_process_is_known(monkeypatch):
-    assert not runtime.is_restart()
+    assert not faults.is_restart()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert runtime.is_restart()
+    assert faults.is_restart()
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
 
 TWO_RANKS = """
-import os, signal, sys, torch, runtime
-runtime.SILENCE = 3.0
+import os, signal, sys, torch, faults, runtime
+faults.SILENCE = 3.0
 def main():
     world = runtime.setup("cpu")
-    watch = runtime.Watch(world)
+    watch = faults.Watch(world)
     loss = torch.tensor(float("nan") if world.rank == 1 else 1.0)
     assert watch.bad(loss, [torch.ones(())]) == 1 and watch.bad(torch.ones(()), [torch.ones(())]) == 0
     assert watch.report() == (1.0, 1, 0)
@@ -230,7 +242,7 @@ def main():
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     runtime.barrier()
-runtime.run_script(main)
+faults.run_script(main)
 """
 
 
@@ -245,12 +257,12 @@ def test_ranks_agree_and_a_dead_one_is_named():
 
 
 APART = """
-import os, sys, runtime, checkpoints
+import os, sys, checkpoints, faults, runtime
 def main():
     world = runtime.setup("cpu")
     state = checkpoints.newest(sys.argv[1] if world.rank == 0 else "nowhere.pt")
     runtime.agree(state["step"] if state else 0, "the step to resume at")
-runtime.run_script(main)
+faults.run_script(main)
 """
 
 
@@ -261,20 +273,14 @@ def test_ranks_with_other_disks_are_told(toy):
     assert [rank.returncode for rank in ranks] == [1, 1] and "the ranks disagree on the step to resume at" in said
 
 
-def test_restarted_ranks_meet_without_traces_of_dead_ones(monkeypatch):
+def test_restarted_ranks_meet_without_traces_of_dead_ones():
     """Three starts on one store, as torchrun keeps it, the last after a rank died while it waited for an answer."""
-    common, place, seen = dist.HashStore(), threading.local(), set()
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(common, place.rank, 3)]))
-
-    def meet(rank):
-        place.rank = rank
-        return runtime.meet()
-
+    common, seen = dist.HashStore(), set()
     for start in range(3):
         with ThreadPoolExecutor(3) as ranks:
-            met = list(ranks.map(meet, range(3)))
-        ranks_met, names, stores = zip(*met)
-        assert ranks_met == (0, 1, 2) and len(set(names)) == 1 and names[0] not in seen
+            names = list(ranks.map(lambda rank: faults.meet(common, rank, 3), range(3)))
+        assert len(set(names)) == 1 and names[0] not in seen
+        stores = [dist.PrefixStore(name, common) for name in names]
         assert not any(store.check(["address"]) for store in stores)
         stores[start].set("address", f"of start {start}")
         assert all(store.get("address") == f"of start {start}".encode() for store in stores)
@@ -482,14 +488,14 @@ def test_killed_rank_and_restart_by_torchrun(toy, copy_run, two_ranks):
     """
     code = """
 import os, signal, sys
-import data, runtime, train
+import data, faults, train
 batch = data.Cache.batch
 def die(self, numbers):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and numbers.start >= 7 * 16:
         os.kill(os.getpid(), signal.SIGKILL)
     return batch(self, numbers)
 data.Cache.batch = die
-runtime.run_script(train.main)
+faults.run_script(train.main)
 """
     run, more = copy_run(*STAGE_2), ("--save-every", 2, "--fresh")
     train = lambda run: [str(x) for x in command(toy, 2, run, 12, *more)[1:]]
@@ -527,9 +533,9 @@ def test_two_nodes_tokenise_together(toy, tmp_path, works):
     """Parts of 64 images: node 0 writes the first and the third, node 1 the second."""
     out, one = str(tmp_path / "two"), str(tmp_path / "one")
     code = f"""
-import sys, runtime, data
+import sys, data, faults
 sys.argv = ["data.py", "--images", {toy.images!r}, "--run", {toy.run!r}, "--out", {out!r}]
-runtime.run_script(data.main)
+faults.run_script(data.main)
 """
     nodes = by_hand(code, 2, LOCAL_WORLD_SIZE="1")
     said = [node.communicate(timeout=120)[1] for node in nodes]
@@ -571,7 +577,7 @@ def test_disk_of_16_megabytes(toy, copy_run, works, script, tmp_path):
 def test_memory_stays_flat(toy, copy_run, name):
     """Resident memory over the last three quarters of 2,000 steps and of 2,000 pictures grows by less than 5%."""
     watched = """
-import sys, threading, importlib, runtime
+import sys, threading, importlib, faults
 name, path, *sys.argv = sys.argv[1:]
 page, samples, over = 4096 / 1e6, [], threading.Event()
 def look():
@@ -579,7 +585,7 @@ def look():
         samples.append(int(open("/proc/self/statm").read().split()[1]) * page)
 threading.Thread(target=look, daemon=True).start()
 try:
-    runtime.run_script(importlib.import_module(name).main)
+    faults.run_script(importlib.import_module(name).main)
 finally:
     over.set()
     open(path, "w").write(repr(samples))

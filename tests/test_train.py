@@ -1,4 +1,4 @@
-"""train.py: the same curve on one and two ranks, resuming, EMA, conditions, and eight pictures learned by heart."""
+"""train.py: the same curve on one and two ranks, resuming, EMA, conditions, and eight memorised pictures."""
 import json
 import os
 import re
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoints
 import data
 import fast
 import sample
+import train
 from fusion import FUSIONS
 from generator import Generator
-from presets import PRESETS
+from presets import PRESETS, fix_steps, new_plan, true_share
 from prior import Prior
 from runtime import rng
-from train import true_share
 
 RESAMPLED = ("--condition", "resampled")
 
@@ -154,16 +155,6 @@ def test_other_settings_do_not_resume(toy, five_steps, script):
         assert result.code == 1 and re.search(rf"trained with other settings \(.*{word}", result.err), result.err
 
 
-def test_state_from_before_a_setting_existed_resumes(toy, copy_run, works):
-    run = copy_run("vq", "kl", "prior")
-    works(*command(toy, 2, run, 2))
-    path = f"{run}/train-2.pt"
-    state = {k: v for k, v in checkpoints.read(path).items() if k != "checksum"}
-    assert state["configs"]["generator"].pop("qformer_encoder") is True
-    checkpoints.write(path, state)
-    assert "at step 2" in works(*command(toy, 2, run, 3))
-
-
 def test_loss_that_is_not_finite_stops_and_saves_nothing(toy, copy_run, script):
     run = copy_run("vq", "kl", "prior")
     result = script(*command(toy, 2, run, 30, "--lr", 1e9))
@@ -270,9 +261,16 @@ def test_conditions_differ(toy, copy_run, works):
     assert len(set(curves.values())) == 4
 
 
+def test_old_word_for_resampled(toy, copy_run, works):
+    run = copy_run("vq", "kl", "prior")
+    assert "teacher_forced is now called resampled" in works(*command(toy, 2, run, 1, "--condition", "teacher_forced"))
+    assert checkpoints.read(f"{run}/generator.pt")["condition"] == "resampled"
+    assert "at step 1" in works(*command(toy, 2, run, 2, *RESAMPLED))
+
+
 def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
     """A prior that draws code 63 only, and a generator that counts it: the share moves linearly with the step."""
-    assert true_share("ground_truth") == (1, 1) and true_share("teacher_forced") == true_share("resampled") == (0, 0)
+    assert true_share("ground_truth") == (1, 1) and true_share("resampled") == (0, 0)
     assert true_share("mixed:0.7") == (0.7, 0.7) and true_share("mixed:1.0-.3") == (1, 0.3)
     drawn = []
     monkeypatch.setattr(Prior, "resample", lambda self, codes, classes, uniform: torch.full_like(codes, 63))
@@ -332,9 +330,90 @@ def test_stages_come_in_order(toy, copy_run, script, works, tmp_path):
     works(*command(toy, 2, run, 1, "--condition", "ground_truth"))
 
 
-# --------------------------------------------------------------------------------------------------------- by heart
+# ------------------------------------------------------------------------------------------------------- all stages
 
-def test_eight_pictures_learned_by_heart(works, tmp_path):
+@pytest.fixture(scope="module")
+def ten(works, tmp_path_factory):
+    """Ten toy pictures, one of each class: 12, 38 and 75 steps of preset toy."""
+    works("data", "--toy", 10, "--out", out := str(tmp_path_factory.mktemp("ten") / "images"))
+    return out
+
+
+def all_stages(images, run, *more):
+    return "train", "--stage", "all", "--preset", "toy", "--data", images, "--run", run, "--grid-every", 0, *more
+
+
+def steps_of(run):
+    return [train_state(run, stage)["step"] for stage in (0, 1, 2)]
+
+
+def test_all_stages_resume_where_they_were_stopped(ten, works, script, tmp_path, monkeypatch):
+    """From a folder to a picture of every class; stopped in stage 1, the run ends as if it had never been stopped."""
+    whole, run, batch, calls = str(tmp_path / "whole"), str(tmp_path / "run"), data.Cache.batch, []
+    with monkeypatch.context() as m:
+        m.setattr(train, "MINUTE", -1)
+        said = works(*all_stages(ten, whole))
+    assert "steps: 12 of vq and kl, 38 of prior, 75 of generator" in said
+    assert all(f"stage {n}: about 0.0" in said for n in (1, 2))  # stage 0 has no log before its end
+    assert f"sample.py --run {whole}" in said and steps_of(whole) == [12, 38, 75]
+    assert Image.open(f"{whole}/samples.png").size == (6 * 34 - 2, 10 * 34 - 2)  # ten rows of six
+
+    def stop_later(self, numbers):
+        calls.append(numbers)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return batch(self, numbers)
+    with monkeypatch.context() as m:
+        m.setattr(data.Cache, "batch", stop_later)
+        assert script(*all_stages(ten, run, "--save-every", 10)).code == 130
+    assert train_state(run, 1)["step"] == 20 and not os.path.exists(f"{run}/generator.pt")
+    said = works(*all_stages(ten, run, "--save-every", 10))
+    assert "train-0.pt at step 12" in said and "train-1.pt at step 20" in said
+    for stage in (0, 1, 2):
+        assert_same(train_state(run, stage), train_state(whole, stage))
+    before = {p.name: p.stat().st_mtime_ns for p in Path(run).glob("*.*") if p.name != "plan.json"}
+    works(*all_stages(ten, run))
+    assert before == {p.name: p.stat().st_mtime_ns for p in Path(run).glob("*.*") if p.name != "plan.json"}
+
+
+def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
+    """On two ranks, with hardly any time: as many steps as it takes to measure. A later start keeps to them."""
+    run, less = str(tmp_path / "run"), ("--hours", 1e-6, "--log-every", 1)
+    two_ranks(*all_stages(ten, run, *less))
+    assert steps_of(run) == [3, 3, 3] and json.loads(Path(run, "plan.json").read_text())["steps"] == [3, 3, 3]
+    works(*all_stages(ten, run))
+    assert steps_of(run) == [3, 3, 3]
+    result = script(*all_stages(ten, run, "--hours", 2))
+    assert result.code == 1 and "plan.json is for other --hours" in result.err
+    assert "moved to" not in works(*all_stages(ten, run, "--fresh", "--dry-run"))
+    assert "steps: 12 of vq and kl" in works(*all_stages(ten, run, "--fresh", *less))
+    assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))
+
+
+def test_hours_shorten_each_stage_to_its_share():
+    plan = new_plan(PRESETS["toy"].recipes, 1600, None, hours=1.0)
+    assert plan["steps"] == [2000, 6000, 12000]
+    fix_steps(plan, 0, seconds=0.1, least=60)   # 200 s where 540 s are allowed: all steps
+    assert plan["steps"][0] == 2000 and plan["seconds"][0] == 200
+    fix_steps(plan, 1, seconds=1.0, least=60)   # 3400 s are left for stages 1 and 2
+    assert plan["steps"][1] == int(3400 * 0.35 / 0.85)
+    fix_steps(plan, 2, seconds=100.0, least=60)
+    assert plan["steps"][2] == 60 and plan["seconds"][2] == 6000
+
+
+def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script):
+    run, less = copy_run("vq", "kl"), ("--hours", 1e-6, "--log-every", 1)
+    before = {kind: Path(run, f"{kind}.pt").read_bytes() for kind in ("vq", "kl")}
+    assert "stage 0 is skipped" in works(*all_stages(ten, run, *less))
+    assert before == {kind: Path(run, f"{kind}.pt").read_bytes() for kind in ("vq", "kl")}
+    os.unlink(f"{run}/vq.pt")
+    result = script(*all_stages(ten, run))
+    assert result.code == 1 and "has no vq.pt; train it first" in result.err
+
+
+# ------------------------------------------------------------------------------------------------------- memorised
+
+def test_eight_pictures_are_memorised(works, tmp_path):
     """All stages on eight pictures. Given its class and codes, or its class alone, each picture comes back.
 
     Mean absolute errors in grey levels: the KL tokenizer alone 7, this test 10, another one of the eight 48, a

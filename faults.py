@@ -1,0 +1,275 @@
+"""What may happen to a long run, and what the run then does.
+
+    a mistake of the user, a signal   the program ends with one sentence (`run_script`)
+    a signal during training          the step is finished and saved first (`Watch.asked_to_stop`)
+    a loss that is not finite         the step changes no weights (`Watch.bad`, `step_unless`)
+    a rank that dies                  the other ranks notice and end (`Pulse`)
+    torchrun --max-restarts           the ranks of the new start find each other (`meet`)
+
+Every script ends with `run_script(main)`; train.py uses `Watch`. docs/reliability.md lists what was tried.
+"""
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from datetime import timedelta
+from itertools import count
+
+import torch
+import torch.distributed as dist
+
+from runtime import PATIENCE, UserError, World, all_mean, is_first
+
+SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
+
+
+# ------------------------------------------------------------------------------------------------ how a program ends
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the program: Stopped(number of the signal, sentence for the user)."""
+
+
+def run_script(main):
+    """Runs main() and ends the process: exit code 0, or 1 after an error, or 128 + number after a signal.
+
+    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback.
+    Of several ranks that fail together, the first one prints, and all end.
+    """
+    def stop(number, frame):
+        raise Stopped(number, "stopped; run the same command again to go on")
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    pulse, code = None, 1
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            pulse = Pulse()
+        main()
+        code = 0
+    except UserError as error:
+        if pulse is None or pulse.end_all():  # all ranks tend to find the same mistake at the same time
+            rank = f" (rank {pulse.rank})" if pulse else ""
+            print(f"{os.path.basename(sys.argv[0])}: {error}{rank}", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        number, sentence = stopped.args or (signal.SIGINT, "stopped")
+        if is_first():
+            print(sentence, file=sys.stderr)
+        code = 128 + number
+    except SystemExit as end:  # argparse: --help, or a flag that does not exist
+        code = end.code
+    except Exception as error:
+        if pulse is None:
+            raise
+        end_with(error, pulse)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if pulse is not None:
+        if code:  # leaving the group in order could wait for ranks that wait for this one
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        pulse.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def end_with(error: Exception, pulse: "Pulse"):
+    """Reports an error on one of several ranks: either this rank has a bug, or another rank has died."""
+    if lost_connection(error):
+        # The thread of `Pulse` finds out which rank has died, tells the user and ends this process. If torchrun notices
+        # first, it names the dead rank itself and sends SIGTERM.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
+        pulse.thread.join(2 * SILENCE)
+    if pulse.end_all():
+        traceback.print_exception(error)
+        print(f"rank {pulse.rank} ends with the error above, and all other ranks end with it", file=sys.stderr)
+
+
+def lost_connection(error: Exception) -> bool:
+    """Is this what a collective raises when another rank is gone?"""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection"))
+
+
+# ----------------------------------------------------------------------------------------------- ranks that die
+
+class Pulse:
+    """A thread in each rank that says once a second "I live", listens to the next rank, and ends all when one dies.
+
+    Without it the living ranks would wait for the dead one: NCCL for hours, gloo until a traceback that names nobody.
+    Their notes are in the key-value store of torchrun, which is on the first node.
+    """
+
+    def __init__(self):
+        store, self.rank, self.size = next(dist.rendezvous("env://"))
+        os.environ["START"] = start = meet(store, self.rank, self.size)  # runtime.setup joins the group of this start
+        self.notes = dist.PrefixStore(f"{start}/pulse", store)           # and so no notes of an earlier start are read
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        other = (self.rank + 1) % self.size
+        last, heard = None, time.monotonic()
+        try:
+            for beat in count():
+                self.notes.set(f"{self.rank}", f"{beat}")
+                note = self.notes.get(f"{other}") if self.notes.check([f"{other}"]) else None
+                if note != last:
+                    last, heard = note, time.monotonic()
+                if note != b"over" and time.monotonic() - heard > SILENCE and self.end_all():
+                    self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
+                if self.notes.check(["end"]):
+                    os._exit(1)  # nothing less ends a main thread that waits inside a collective
+                if self.over.wait(1.0):
+                    return
+        except RuntimeError:  # the store is gone, and so is the first node
+            if not self.over.is_set():
+                self.tell(f"rank {self.rank}: the first node does not answer any more")
+                os._exit(1)
+
+    def tell(self, sentence):
+        print(f"{sentence}. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+
+    def end_all(self) -> bool:
+        """Ends all ranks within about a second. True for the first rank that calls it, which tells the user why."""
+        return self.notes.add("end", 1) == 1
+
+    def stop(self):
+        """For a rank that ends in order: the others must not take its silence for death."""
+        self.over.set()
+        self.thread.join()
+        self.notes.set(f"{self.rank}", "over")
+
+
+def meet(store, rank: int, ranks: int) -> str:
+    """-> a name of this start of the program, the same on all its ranks and different for every start.
+
+    The problem: `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store
+    (seen in PyTorch 2.13). Addresses of dead ranks are still in it, and a rank that reads one waits for a dead process.
+    Each start therefore puts a name, chosen by rank 0, before its keys. But where do the other ranks read the name?
+
+    The solution: each rank asks with a word that it has just invented, and rank 0 answers to this word. No dead rank
+    can have written that answer. The question that rank 0 reads may be that of a dead rank, still in the store. Rank 0
+    answers it too, and looks again until the living rank has confirmed the name.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"question of {rank}", word)
+        name = store.get(f"answer to {word}").decode()       # waits until rank 0 has written it
+        store.set(f"{rank} knows {name}", "")
+        return name
+    name = f"start {store.add('starts', 1)}"
+    waiting = set(range(1, ranks))
+    while waiting:
+        for r in sorted(waiting):
+            word = store.get(f"question of {r}").decode()    # asked by rank r of this start, or of an earlier one
+            store.set(f"answer to {word}", name)
+            try:
+                store.wait([f"{r} knows {name}"], timedelta(seconds=1))
+                waiting.remove(r)
+            except dist.DistStoreError:                      # not yet: look whether a new question has come
+                pass
+    return name
+
+
+def is_restart() -> bool:
+    """Has torchrun started this command before? For rank 0, which may ask only once in each process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    store = next(dist.rendezvous("env://"))[0]  # torchrun's variable above counts for each node on its own
+    return store.add("asked whether this is a restart", 1) > 1
+
+
+# ------------------------------------------------------------------------------------------------ steps of a training
+
+class Watch:
+    """Two questions after each step, on which all ranks must agree: was it finite, and has one been asked to stop?
+
+    Neither makes the host wait for the GPU. The first answer is a tensor on the device, where the optimizer reads it
+    (`step_unless`). Signals arrive at the hosts, which exchange them in a gloo group while the next step runs, so the
+    second answer comes one step late.
+    """
+    patience = 10  # a training ends after so many steps in a row that were not finite
+
+    def __init__(self, world: World, skipped=0):
+        """skipped: the number of steps that were not finite before this start, from the training state."""
+        zero = lambda: torch.zeros((), device=world.device)
+        self.loss_sum, self.steps = zero(), 0                  # since the last report; the sum is of finite losses
+        self.skipped, self.reported = zero() + skipped, skipped  # steps that were not finite: now; at the last report
+        self.in_row, self.longest = zero(), zero()             # of those: the last ones in a row; the longest row
+        self.norm = zero()                                     # of the last step's gradient
+        self.signal = torch.zeros((), dtype=torch.long)        # the number of the signal that this rank has received
+        self.answer, self.work = self.signal.clone(), None     # the largest number of any rank, and its exchange
+        self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        """After the last step: gives the signals back to `run_script`, and one that has come too late to be obeyed."""
+        number = max(self.asked_to_stop(), self.asked_to_stop())  # the second call waits for what the first has sent
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+        if number:
+            raise Stopped(number, "stopped after the last step; the same command goes on")
+
+    def note(self, number, frame):
+        """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun itself sends two."""
+        if self.signal and number == signal.SIGINT and not self.hosts:
+            raise KeyboardInterrupt
+        self.signal.fill_(number)
+
+    def bad(self, loss, norms) -> torch.Tensor:
+        """Counts a step. -> 1.0, on the device, if the loss or a gradient norm of any rank is not finite, else 0.0."""
+        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of sharded gradients
+        self.norm = sum(norms)
+        bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
+        if self.hosts:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        self.loss_sum += torch.where(bad > 0, 0.0, loss)
+        self.steps += 1
+        self.skipped += bad
+        self.in_row = (self.in_row + bad) * bad
+        self.longest = torch.maximum(self.longest, self.in_row)
+        return bad
+
+    def report(self):
+        """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row.
+
+        Waits for the device. Raises a UserError after `patience` steps in a row that were not finite.
+        """
+        if self.longest >= self.patience:
+            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
+                            "checkpoint is from before; go on from it with a lower --lr.")
+        skipped = int(self.skipped)
+        finite = self.steps - (skipped - self.reported)
+        mean = float(all_mean(self.loss_sum)) / finite if finite else math.nan
+        self.loss_sum, self.steps, self.reported = torch.zeros_like(self.loss_sum), 0, skipped
+        return mean, skipped, int(self.in_row)
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that some rank had received one step ago, or 0. A single process answers at once."""
+        if not self.hosts:
+            return int(self.signal)
+        if self.work is not None:
+            self.work.wait()
+        number = int(self.answer)
+        self.answer = self.signal.clone()
+        self.work = dist.all_reduce(self.answer, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
+        return number
+
+
+def step_unless(bad: torch.Tensor, optimizer):
+    """optimizer.step(), which leaves weights and moments as they are if `bad` is 1.
+
+    The problem: `if bad:` would make the host wait for the GPU in every step. The solution: a fused AdamW reads its
+    attribute `found_inf` on the device and skips the step where it is 1. PyTorch's GradScaler sets it in the same way.
+    """
+    if bad.device.type != "mps":
+        optimizer.found_inf = bad
+        optimizer.step()
+    elif not bad:  # MPS has no fused AdamW, so the host waits there
+        optimizer.step()
