@@ -42,7 +42,7 @@ from presets import PRESETS
 from prior import Prior, PriorConfig
 from test_diffloss import wake
 from test_train import command, log, losses
-from tokenizers import KL, VQ, KLConfig, KLDraws, VQConfig
+from tokenizers import KL, VQ, KLConfig, VQConfig
 
 DEVICE = torch.device(os.environ.get("D2C_TEST_DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"
@@ -114,7 +114,7 @@ def tokenizer(config):
     if isinstance(config, VQConfig):
         return VQ(config), lambda vq, x: vq.loss(x)[0], [images]
     kl = KL(config)
-    return kl, lambda kl, x, *draws: kl.loss(x, KLDraws(*draws))[0], [images, *kl.draw(B, 32 // kl.stride)]
+    return kl, lambda kl, x, *draws: kl.loss(x, draws)[0], [images, *kl.draw(B, 32 // kl.stride)]
 
 
 def prior():
@@ -417,7 +417,6 @@ def test_drawing_codes_never_waits_for_the_gpu():
 def test_ddp_on_nccl(tmp_path):
     """What several ranks use, in a group of one: collectives, DDP, and the two groups of Watch."""
     dist.init_process_group("nccl" if CUDA else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         world, x = runtime.World(torch.device("cuda:0" if CUDA else "cpu"), 0, 2), torch.arange(3.0, device=DEVICE)
         runtime.agree({"a": 1}, "a value"), runtime.barrier(), runtime.broadcast(x)
@@ -429,10 +428,9 @@ def test_ddp_on_nccl(tmp_path):
         watch, one = Watch(world), torch.ones((), device=DEVICE)
         assert watch.bad(one, [one]) == 0 and watch.bad(one * float("nan"), [one]) == 1
         assert watch.report() == (1.0, 1, 1) and watch.asked_to_stop() == 0
+        watch.close()
     finally:
         dist.destroy_process_group()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @cuda_only
