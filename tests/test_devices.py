@@ -112,6 +112,8 @@ def test_tokenizers_in_bf16(config):
         loss, reconstruction = model.loss(images, *draws)
         latents = model.sample(model.encode(images)) if draws else model.encode(images)
         assert model.decode(latents).shape == reconstruction.shape == images.shape
+        if not draws:  # the nearest vector is found in fp32
+            assert {x.dtype for x in model._quantize(images)} == {torch.float32, torch.int64}
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want, rel=0.03)
     assert latents.dtype == (torch.float32 if draws else torch.int64)
