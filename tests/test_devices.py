@@ -10,6 +10,7 @@ tests/test_cuda.py has the tests that need a real GPU.
 """
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -94,8 +95,8 @@ def test_prior_in_bf16():
         loss = model.loss(codes, classes, torch.tensor([True, False, False]))
         near = model.loss(codes, classes)
         mixed = model.mixture(codes, classes, 0.5, uniform)
-        how = dict(cfg=2.0, top_k=9, top_p=0.9, generator=generators(B))
-        drawn = model.generate(classes, **how), fast.generate_codes(model, classes, **{**how, "generator": generators(B)})
+        drawn = [loop(classes, 2.0, top_k=9, top_p=0.9, generator=generators(B))
+                 for loop in (model.generate, partial(fast.generate_codes, model))]
     loss.backward()
     assert loss.dtype == torch.float32 and near.item() == pytest.approx(want, rel=0.01)
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
@@ -198,7 +199,8 @@ def fake_gpu(**options):
     lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: torch.zeros(3), lambda x: torch.arange(3),
     lambda x: x + torch.zeros(3), lambda x: torch.tensor([1.0, 2.0, 3.0], device=x.device),
     lambda x: torch.tensor(2.0, device=x.device), lambda x: x.new_tensor([1.0]).to("cpu"),
-    lambda x: torch.rand(3, generator=torch.Generator(), device=x.device), lambda x: torch.rand(3, generator=numbers())])
+    lambda x: torch.rand(3, generator=torch.Generator(), device=x.device),
+    lambda x: torch.rand(3, generator=numbers())])
 def test_fake_gpu_refuses(mistake):
     x = torch.empty(3, device=META)
     with fake_gpu():
@@ -259,7 +261,7 @@ def test_prior_on_a_fake_gpu():
     with fake_gpu():
         model.loss(codes, classes, model.draw(2 * B, numbers())[:B]).backward()
         assert model.mixture(codes, classes, 0.5, uniform).shape == codes.shape
-        for loop in (model.generate, lambda *a, **k: fast.generate_codes(model, *a, **k)):
+        for loop in (model.generate, partial(fast.generate_codes, model)):
             assert loop(classes, 2.0, 0.9, 3, 0.9, numbers(B), given=codes, watch=lambda: None).shape == codes.shape
             assert loop(classes, generator=numbers()).is_meta
 
