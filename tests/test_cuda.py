@@ -54,8 +54,8 @@ every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
 # Bounds of relative errors ||a - b|| / ||b||, in fp32 without TF32 (`exact`) against the CPU.
 FP32, LOOP = 1e-4, 3e-4   # forward and backward passes; sampling loops, whose first reverse steps amplify rounding
-# The bounds below are guesses from a CPU; no GPU has run these tests yet. To measure the bounds, run this file on a GPU,
-# set each bound to twice the largest error that the tests print beside it, and replace this comment by the GPU's name.
+# The bounds below are guesses from a CPU; no GPU has run these tests yet. To measure them, run this file on a GPU, set
+# each bound to twice the largest error that the tests print beside it, and replace this comment by the name of the GPU.
 BF16_LOSS, BF16_GRADIENT, BF16_LATENTS = 0.01, 0.03, 0.05   # bf16 and TF32 as in training, against fp32 on the CPU
 BF16_TOKENIZER = 0.4                  # the gradient of a tokenizer: bf16 moves some codes of VQ to another vector
 COMPILED, SAME_CURVE = 1e-3, 0.02     # compiled blocks against eager ones; losses of one training run in two ways
