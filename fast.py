@@ -280,7 +280,7 @@ def run_block(block, x, keys_values=None, rows=slice(None)):
 def compile_blocks():
     """Compiles run_block with torch.compile, for all later calls of `generate`."""
     global run_block
-    run_block = torch.compile(run_block)
+    run_block = torch.compile(run_block, dynamic=True)  # the number of rows changes with every iteration
 
 
 def hidden(model, latents, order, a, b, prepared):
