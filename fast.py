@@ -131,7 +131,7 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        times = head.net.embed_time(timesteps)                                      # [S, width]
+        times = head.net.embed_time(timesteps)                                       # [S, width]
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
         loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)
         if graphs is None:
