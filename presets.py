@@ -48,7 +48,7 @@ class Sampling:
     prior_temperature: float = flag(0.99, "the prior divides its logits by it")
     top_k: int = flag(0, "the prior draws from its k likeliest codes; 0: from all")
     top_p: float = flag(1.0, "the prior draws from the fewest codes that have this probability together")
-    t_max: int = flag(999, "the diffusion timestep, at most 999, where the head starts; below 999 errors grow less")
+    t_max: int = flag(999, "timestep where the diffusion head starts, at most 999; a lower one magnifies errors less")
 
 
 @dataclass(frozen=True)

@@ -293,11 +293,10 @@ def grid(images: torch.Tensor, columns: int, classes: int = 1, first=()) -> Imag
     One class fills row after row. If there are several, image i is of class i % classes, and each class has a row.
     """
     rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
-    rows = [[*first, *row] for row in rows]
     H, W = images.shape[2:]
-    out = np.full((len(rows) * (H + 2) - 2, max(map(len, rows)) * (W + 2) - 2, 3), 255, np.uint8)
+    out = np.full((len(rows) * (H + 2) - 2, (len(first) + max(map(len, rows))) * (W + 2) - 2, 3), 255, np.uint8)
     for r, row in enumerate(rows):
-        for c, image in enumerate(row):
+        for c, image in enumerate([*first, *row]):
             out[r * (H + 2):, c * (W + 2):][:H, :W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
