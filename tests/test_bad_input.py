@@ -486,7 +486,7 @@ def other_prior(c, what, value):
     return run
 
 
-@case("prior.pt was trained with other tokenizers")
+@case("prior.pt was trained with other vq")
 def prior_of_other_tokenizers(c):
     return train(c, 2, run=other_prior(c, "tokenizers", {"vq": "another", "kl": "another"}))
 
