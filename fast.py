@@ -6,8 +6,9 @@
     fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, draws.mask, draws.t,
                                                                   draws.noise, draws.null)
 
-The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (with
-dropout, only in distribution). The tests assert it for every fusion. train.py and sample.py call these functions;
+The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (where it
+decides between two codes, they may differ; with dropout they agree in distribution). The tests assert it for every
+fusion. train.py and sample.py call these functions;
 `sample.py --plain` calls the plain ones. Each section says what is rewritten, why it is exact and what it saves. The
 ratios, plain time over fast time, were measured on two CPU cores with `python tools/bench.py`; docs/speed.md has all.
 """
@@ -86,7 +87,8 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # SiLU(time + z). SiLU is not linear, so a projection does not split into a time part and a z part: each (step, token)
 # needs its own. But none depends on x, so one product computes the projections of several steps and reads the weights
-# once for all of them. Exact: the same sums, earlier. Saves a factor of HEAD_RATIO (4 guided rows, 100 steps).
+# once for all of them. TF32 is allowed where HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor
+# of HEAD_RATIO (4 guided rows, 100 steps).
 
 ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row takes (3 * depth + 2) * width floats
 
@@ -205,8 +207,8 @@ class Graphs:
 #    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
 #    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
-#    each cross-attention computes from it, are computed once per image instead of once per iteration. The null branch
-#    is the same for all images: it is computed once and shared by all calls for a model.
+#    each cross-attention computes from it, are computed once per image instead of once per iteration. For the null
+#    class they are the same for all images: a caller may compute them once (null_condition) for all its calls.
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
@@ -224,13 +226,13 @@ class Prepared(NamedTuple):
 @torch.no_grad()
 def prepare(model, classes, codes) -> Prepared:
     fused = model.fuse(classes, codes)
-    read = lambda b: None if fused.context is None else b.cross.attention.keys_values(fused.context)
+    read = lambda b: None if b.cross is None else b.cross.attention.keys_values(fused.context)
     return Prepared(fused.prefix, fused.mask_codes, [read(b) for b in model.encoder_blocks],
                     [read(b) for b in model.decoder_blocks])
 
 
 def null_condition(model) -> Prepared:
-    """The Prepared of one null image. It serves all images of a model: `generate` takes it as `null`."""
+    """The Prepared of one null image, for all calls of `generate` until the weights change."""
     c, device = model.config, model.mask_token.device
     codes = torch.zeros(1, c.codes, dtype=torch.long, device=device)  # the fake code replaces them
     return prepare(model, torch.full((1,), c.classes, device=device), codes)
@@ -272,7 +274,7 @@ def run_block(block, x, keys_values=None, rows=slice(None)):
     q, k, v = block.qkv(block.norm1(x)).view(B, R, 3, block.heads, -1).permute(2, 0, 3, 1, 4)       # [B, H, R, D/H]
     y = F.scaled_dot_product_attention(q[:, :, rows], k, v)
     x = x[:, rows] + block.proj(y.transpose(1, 2).flatten(2))
-    if keys_values is not None:
+    if block.cross is not None:
         x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)      # block.cross(x, context)
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
@@ -300,7 +302,7 @@ def hidden(model, latents, order, a, b, prepared):
 def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
              orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None, null=None,
              graphs=None):
-    """Generator.generate: same arguments, same latents. null: null_condition(model); graphs: see sample_head."""
+    """Generator.generate: same arguments, same latents, in eval mode. null: null_condition(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
     # Iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]]. Within an iteration positions
