@@ -484,12 +484,12 @@ def other_prior(c, what, value):
     return run
 
 
-@case("prior.pt was trained with other tokenizers")
+@case("prior.pt was trained on another cache, with other vq")
 def prior_of_other_tokenizers(c):
     return train(c, 2, run=other_prior(c, "tokenizers", {"vq": "another", "kl": "another"}))
 
 
-@case("prior.pt was trained with other classes")
+@case("prior.pt was trained on another cache, with other classes")
 def prior_of_other_classes(c):
     names = checkpoints.read(f"{c.toy.run}/prior.pt")["classes"]
     return train(c, 2, run=other_prior(c, "classes", names[::-1]))
