@@ -1,7 +1,7 @@
 """Files of weights: atomic, self-describing, checksummed; and all that is known about the layouts of official files.
 
     save(path, kind, config, state, **meta)      writes one of ours; kind is vq, kl, prior or generator
-    load(path, kind) -> config, state            reads ours or an official one; the state fits our module of that config
+    load(path, kind) -> config, state            reads ours or an official one; the state, in fp32, fits our module
     load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode
     read(path) -> dict                           any torch file: tensors, plain containers and argparse.Namespace only
 
@@ -81,8 +81,8 @@ def read(path: str) -> dict:
         raise UserError(f"{path} {what}.") from None
     refuse([(not isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a dictionary of weights")])
     if "format" in content:
-        refuse([(content["format"] != FORMAT, f"{path} has format {content['format']}, not {FORMAT}; update the code"),
-                (content.get("checksum") != checksum(content), f"{path} is damaged: wrong checksum; get it again")])
+        refuse([(content["format"] != FORMAT, f"{path} has format {content['format']}, not {FORMAT}; update the code")])
+        refuse([(content.get("checksum") != checksum(content), f"{path} is damaged: wrong checksum; get it again")])
     return content
 
 
@@ -149,7 +149,7 @@ def set_aside(paths: list):
 
 
 def load(path: str, kind: str, ema: bool = True):
-    """-> (config, state in fp32) for our module of `kind`. ema=False: the raw weights of an official file, not its EMA."""
+    """-> config and fp32 state for our module of `kind`. ema=False: raw weights of an official file, not its EMA."""
     return parse(path, kind, read(path), ema)
 
 

@@ -154,7 +154,7 @@ def entry_type(h: dict) -> np.dtype:
 
 
 def sums(entries: np.ndarray) -> np.ndarray:
-    return np.reshape([zlib.crc32(entry.tobytes()[:-4]) for entry in entries.flat], entries.shape)
+    return np.reshape([zlib.crc32(entry.tobytes()[:-4]) for entry in entries.flat], entries.shape)  # -4: `sum`
 
 
 def checked(entries: np.memmap) -> np.ndarray:
@@ -289,7 +289,7 @@ class Cache:
     def check_tokenizer(self, kind: str, model, path: str):
         """Refuses tokenizers other than those that made the cache."""
         if checkpoints.checksum(model.state_dict()) != self.header[kind]:
-            raise UserError(f"{self.path} was made with another {kind} tokenizer than {path}; make it again (data.py).")
+            raise UserError(f"{self.path} was made with another {kind} tokenizer than {path}; make it again with data.py.")
 
     def entry(self, image, view):
         """One view of one image: a record with the fields of `entry_type`."""
