@@ -288,8 +288,8 @@ class Cache:
 
     def check_tokenizer(self, kind: str, model, path: str):
         """Refuses tokenizers other than those that made the cache."""
-        if checkpoints.checksum(model.state_dict()) != self.header[kind]:
-            raise UserError(f"{self.path} was made with another {kind} tokenizer than {path}; make it again with data.py.")
+        other = checkpoints.checksum(model.state_dict()) != self.header[kind]
+        refuse([(other, f"{self.path} was made with another {kind} tokenizer than {path}; make it again with data.py")])
 
     def entry(self, image, view):
         """One view of one image: a record with the fields of `entry_type`."""
