@@ -9,9 +9,8 @@
     torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
-own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights),
-train-N.pt (what resuming needs; train-N.previous.pt is the one before it), log.jsonl (steps that were repeated after a
-stop stand in it twice) and pictures of samples in grids/.
+own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
+train-N.pt and train-N.previous.pt, log.jsonl (steps repeated after a stop stand in it twice), and samples in grids/.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
@@ -71,12 +70,10 @@ class Stage(nn.Module):
     def start(self):
         """Once, before the first step of a new run."""
 
-    def after(self, step, ema) -> dict:
-        """After each optimizer step. -> what to log."""
+    def after(self, step, ema) -> dict:  # after each optimizer step; -> what to log
         return {}
 
-    def memory(self) -> dict:
-        """Further tensors that resuming needs. The ranks' own differ; their mean is saved."""
+    def memory(self) -> dict:  # further tensors that resuming needs; they differ by rank, and their mean is saved
         return {}
 
     def before_save(self, models):
@@ -113,11 +110,10 @@ class Tokenizers(Stage):
         self.about["image_size"] = preset.image_size
 
     def start(self):
-        """Fits the linear paths to real patches."""
+        """Fits the linear paths in double precision: LAPACK's last bits vary, and are then rounded away."""
         for model in self.trained.values():
             if model.config.linear_path:
                 images, = self.data.batch(range(min(2000, len(self.data))))
-                # In double precision: LAPACK's last bits vary from process to process, and are then rounded away.
                 model.double().fit_linear_path(images.double(), rng("cpu", "linear path", self.args.seed))
                 model.float()
 
@@ -309,8 +305,7 @@ def build(args, world) -> Stage:
     stage = STAGES[args.stage](args, PRESETS[args.preset], world)
     epochs = recipe.steps(len(stage.data), args.batch)
     args.steps = args.steps or epochs
-    stage.lr, stage.micro = (args.lr or recipe.lr) * args.batch / 256, micro
-    stage.decay = recipe.decay * args.steps
+    stage.lr, stage.decay, stage.micro = (args.lr or recipe.lr) * args.batch / 256, recipe.decay * args.steps, micro
     stage.warmup = recipe.warmup * len(stage.data) / args.batch * (args.steps / epochs if args.hours else 1.0)  # steps
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
            f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
@@ -328,10 +323,9 @@ def settings(stage) -> dict:
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # it is measured along the way
     condition = stage.about.get("condition", "")
-    # the share of true codes may move with the number of steps, and so may the learning rate
-    steps = args.steps if "-" in condition or stage.decay else None
-    return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
-            "data": stage.data.identity}
+    moves = ("-" in condition or stage.decay > 0) and not args.hours  # then true share or rate depend on the steps
+    return {**configs, "condition": condition, "steps": args.steps if moves else None, "batch": args.batch,
+            "seed": args.seed, "data": stage.data.identity}
 
 
 def resume(stage):

@@ -94,7 +94,7 @@ def test_compiled_blocks(batch, monkeypatch):
     """compile_blocks replaces the function that generate calls."""
     calls, plain = [], fast.run_block
     monkeypatch.setattr(fast, "run_block", plain)
-    monkeypatch.setattr(torch, "compile", lambda f: lambda *a, **k: (calls.append(1), f(*a, **k))[1])
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *a, **k: (calls.append(1), f(*a, **k))[1])
     fast.compile_blocks()
     fast.generate(make(), batch[1], None, 4, 2)
     assert len(calls) == 4 * 2 * CONFIG.depth

@@ -401,7 +401,10 @@ def test_hours_shorten_each_stage_to_its_share():
     assert plan["steps"][2] == 60 and plan["seconds"][2] == 6000
 
 
-def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script):
+def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script, monkeypatch):
+    """With rates that decay, and with few --hours, which change the number of steps."""
+    decaying = tuple(replace(recipe, decay=0.5) for recipe in PRESETS["toy"].recipes)
+    monkeypatch.setitem(PRESETS, "toy", replace(PRESETS["toy"], recipes=decaying))
     run, less = copy_run("vq", "kl"), ("--hours", 1e-6, "--log-every", 1)
     before = {kind: Path(run, f"{kind}.pt").read_bytes() for kind in ("vq", "kl")}
     assert "stage 0 is skipped" in works(*all_stages(ten, run, *less))
