@@ -18,11 +18,10 @@ must never be compared. docs/evaluation.md says what each protocol does.
 import argparse
 import glob
 import json
-import math
 import os
 import platform
 import time
-from collections import Counter
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.special import entr
 from tqdm import tqdm
 
 import checkpoints
@@ -75,19 +75,15 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
 def score_of(parts):
     """exp(mean KL(p_i || mean of p)) of each part [n, 1008] of the logits -> mean and deviation of these scores."""
-    scores = []
-    for part in parts:
-        log_p = part.double().log_softmax(1)
-        log_mean = log_p.logsumexp(0) - math.log(len(part))
-        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    parts = [part.double().softmax(1) for part in parts]  # the mean KL is entropy of the mean - mean of the entropies
+    scores = [float((entr(p.mean(0)).sum() - entr(p).sum(1).mean()).exp()) for p in parts]
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def inception_score(logits, splits: int = 10, seed: int = 2020):
     """torch-fidelity's: all rows [N, 1008] are shuffled by the seed and cut into equal parts -> (mean, deviation)."""
     N = len(logits)
-    if N < splits:
-        raise UserError(f"the Inception Score needs at least {splits} images, not {N}.")
+    refuse([(N < splits, f"the Inception Score needs at least {splits} images, not {N}")])
     logits = torch.as_tensor(logits).cpu()[np.random.RandomState(seed).permutation(N)]
     return score_of([logits[i * N // splits:(i + 1) * N // splits] for i in range(splits)])
 
@@ -113,17 +109,13 @@ def precision_recall(real, fake, k: int = 3):
     time. ADM computes them in float16, where they tie: it reads 0.001 (precision) and 0.002 (recall) higher.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on both sides.")
-
-    def radii(points):  # k + 1, because the nearest point of all is the point itself
-        rows = (torch.cdist(block, points) for block in points.split(1000))
-        return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in rows])
-
-    real_radius, fake_radius = radii(real), radii(fake)
+    refuse([(min(len(real), len(fake)) <= k, f"precision and recall need more than {k} images on both sides")])
+    distances = lambda a, b: (torch.cdist(block, b) for block in a.split(1000))     # [1000, len(b)] each
+    # k + 1, because the nearest point of all is the point itself
+    real_radius, fake_radius = (torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(x, x)])
+                                for x in (real, fake))
     precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for block, radius in zip(fake.split(1000), fake_radius.split(1000)):
-        d = torch.cdist(block, real)                                                # [1000, N]
+    for d, radius in zip(distances(fake, real), fake_radius.split(1000)):
         precise.append((d <= real_radius).any(1))
         recalled |= (d <= radius[:, None]).any(0)
     return float(torch.cat(precise).cpu().double().mean()), float(recalled.cpu().double().mean())
@@ -153,31 +145,31 @@ def products(rows):
 
     Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5.
     """
-    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
-    rows = F.pad(rows, (1, 0), value=1.0)
+    rows = F.pad((rows.cpu() if rows.device.type == "mps" else rows).double(), (1, 0), value=1.0)  # MPS has no float64
     return rows.T @ rows
 
 
 def mean_and_covariance(products):
     """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
     n = int(products[0, 0])
-    if n < 2:
-        raise UserError(f"{n} images have no covariance; an FID needs many images, in papers 50,000.")
+    refuse([(n < 2, f"{n} images have no covariance; an FID needs many images, in papers 50,000")])
     mean = products[0, 1:] / n
     return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
 
 
-def measure(images, features, statistics: set, rows: set, args, world):
+def measure(args, world, images, features, statistics: set, rows=()):
     """Sends Images through `features`, which maps a batch [B, 3, H, W] to a dictionary of name: [B, D].
 
     -> two dictionaries: (mean, covariance) of each name in `statistics`, and all rows [N, D] of each name in `rows`,
     in the order of the images. Only rank 0 gets them. They are empty on the other ranks, and after a dry run.
     """
     H, W = images.size
-    print0(f"{images.count} images of {H}x{W} pixels: {images.about['path']}, protocol {args.protocol}")
+    print0(f"{images.about['path']}: {images.count} images of {H}x{W} pixels, protocol {args.protocol}")
+    if args.dry_run:
+        return {}, {}
     # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
     # share a batch, and the features must not depend on the number of ranks.
-    starts = range(0, 0 if args.dry_run else images.count, args.batch)
+    starts = range(0, images.count, args.batch)
     starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
     batches = images.batches(range(i, min(i + args.batch, images.count)) for i in starts)
     sums, kept = {}, {name: [] for name in rows}
@@ -187,7 +179,7 @@ def measure(images, features, statistics: set, rows: set, args, world):
         for name in rows:
             kept[name].append(out[name].cpu())
     ranks = gather(({name: total.cpu() for name, total in sums.items()}, kept))
-    if ranks is None or args.dry_run:
+    if ranks is None:
         return {}, {}
     return ({name: mean_and_covariance(sum(sums.get(name, 0) for sums, _ in ranks)) for name in statistics},
             {name: torch.cat([part for _, kept in ranks for part in kept[name]]) for name in rows})
@@ -208,9 +200,9 @@ class Images:
 def about_images(path, content_hash, labels, settings=None) -> dict:
     """What result.json says about images. labels: their classes, or None. settings: by default those beside `path`."""
     settings = settings or sample.read_settings(path.removesuffix(".npz"))
-    if settings and settings.get("coarse"):
-        raise UserError(f"{path} holds images beside their decoded codes; draw them again without --show-coarse.")
-    counts = Counter(labels or []).values()
+    refuse([(settings and settings.get("coarse"),
+             f"{path} holds images beside their decoded codes; draw them again without --show-coarse")])
+    counts = np.unique([*(labels or ())], return_counts=True)[1].tolist()
     counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
     return {"path": path, "hash": content_hash, "per_class": counts, "settings": settings}
 
@@ -227,12 +219,12 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
             (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
             (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
                     f"FID: save PNG files, or give --jpeg if these are the originals"),
-            (gone, f"{root}/{', '.join(gone[:1])} is a link to a file that does not exist; make it again or remove it")])
+            (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it")])
     content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
     about = about_images(root, content, map(os.path.dirname, files))
-    if len(files) < (asked := (about["settings"] or {}).get("num", 0)):
-        raise UserError(f"{root} holds {len(files)} of {asked} images; run the same sample.py command again to draw "
-                        f"the missing ones.")
+    asked = (about["settings"] or {}).get("num", 0)
+    refuse([(len(files) < asked, f"{root} holds {len(files)} of {asked} images; run the same sample.py command again "
+                                 f"to draw the missing ones")])
 
     def read(file):
         if (image := read_image(os.path.join(root, file), crop)) is None:
@@ -261,14 +253,14 @@ def reading(path):
 def open_archive(path) -> Images:
     """arr_0 of an .npz, read piece by piece: 50,000 images of 256 pixels are 10 GB. arr_1: class ids, if there."""
     with reading(path):
-        archive = np.load(path)
-        file = archive.zip.open("arr_0.npy")
+        archive = zipfile.ZipFile(path)
+        file = archive.open("arr_0.npy")
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        labels = archive["arr_1"].ravel().tolist() if "arr_1" in archive else None
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
-        raise UserError(f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3].")
-    start, image_bytes = file.tell(), math.prod(shape[1:])
+        labels = np.load(path)["arr_1"].ravel().tolist() if "arr_1.npy" in archive.namelist() else None
+    refuse([(len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0],
+             f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3]")])
+    start, image_bytes = file.tell(), int(np.prod(shape[1:]))
 
     def load(numbers):
         with reading(path):
@@ -309,7 +301,7 @@ def read_arrays(path) -> dict:
         return checkpoints.read(path)
 
 
-def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
+def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
     ADM             mu, sigma, mu_s, sigma_s of all of ImageNet, and arr_0, 10,000 images for precision and recall
@@ -319,11 +311,16 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
 
     -> a dictionary for result.json; {"pool", "spatial": (mean, covariance)}, empty for images; Images or None.
     """
+    path, metrics = args.reference, args.metrics
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
-    images = open_images(path, crop, jpeg) if "arr_0" in arrays else None
+    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
+    # precision and recall; the file's statistics serve FID.
+    wanted = "arr_0" in arrays and ("pr" in metrics or "mu" not in arrays)
+    images = open_images(path, args.crop, args.jpeg) if wanted else None
     if images and "mu" not in arrays:
         return {**images.about, "images": images.count, "size": images.size}, {}, images
     refuse([(not {"mu", "sigma"} <= arrays.keys(), f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")])
+    choose = "choose other --metrics or another reference"
     made = json.loads(str(arrays["about"])) if "about" in arrays else {}
     inception = made.get("inception") or ({"resize": "tf1"} if "mu_s" in arrays else {})  # mu_s without about: ADM
     if not inception:
@@ -334,12 +331,10 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
            for key, ours in model.about.items() if key != "file")
     statistics = {name: (arrays[f"mu{s}"], arrays[f"sigma{s}"])
                   for name, s in (("pool", ""), ("spatial", "_s")) if f"mu{s}" in arrays}
-    refuse((np.shape(mu) != (D,) or np.shape(sigma) != (D, D),
-            f"{path} has statistics of another network: {len(mu)} features instead of {D}")
-           for D, (mu, sigma) in zip((2048, 2023), statistics.values()))
-    refuse((lacking, f"{path} has no {what}; choose other --metrics or another reference") for lacking, what in (
-        ("sfid" in metrics and "spatial" not in statistics, "statistics for sFID"),
-        ("pr" in metrics and not images, "images for precision and recall")))
+    refuse([([np.shape(sigma) for _, sigma in statistics.values()] != [(2048, 2048), (2023, 2023)][:len(statistics)],
+             f"{path} has statistics of another network; an FID needs 2,048 features of Inception"),
+            ("sfid" in metrics and "spatial" not in statistics, f"{path} has no statistics for sFID; {choose}"),
+            ("pr" in metrics and not images, f"{path} has no images for precision and recall; {choose}")])
     return {**made, "path": path, "hash": file_hash(path)}, statistics, images
 
 
@@ -347,21 +342,17 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
 
 def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
-    reference, real, real_images = None, {}, None
-    if args.reference:
-        reference, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
+    reference, real, real_images = open_reference(args, model) if args.reference else (None, {}, None)
     images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
-    if real and reference.get("size", images.size) != images.size:
-        raise UserError(f"{args.reference} comes from images of {reference['size']} pixels, but these have "
-                        f"{images.size}; make it again with another --crop.")
+    size = reference.get("size", images.size) if real else images.size
+    refuse([(size != images.size, f"{args.reference} comes from images of {size} pixels, but these have {images.size}; "
+                                  f"make it again with another --crop")])
     statistics = {METRICS[metric] for metric in args.metrics if metric in ("fid", "sfid")}
     rows = {METRICS[metric] for metric in args.metrics if metric in ("is", "pr")}
-    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
-    # precision and recall; the file's statistics serve FID.
-    if real_images and ("pr" in args.metrics or not real):
-        measured, real_rows = measure(real_images, model, set() if real else statistics, rows & {"pool"}, args, world)
+    if real_images:
+        measured, real_rows = measure(args, world, real_images, model, set() if real else statistics, rows & {"pool"})
         real = real or measured
-    fake, fake_rows = measure(images, model, statistics, rows, args, world)
+    fake, fake_rows = measure(args, world, images, model, statistics, rows)
     if args.dry_run or world.rank > 0:
         return
     figures = {figure: frechet_distance(*real[name], *fake[name])
@@ -369,15 +360,15 @@ def score(args, model, world):
     if "is" in args.metrics:
         figures["is"], figures["is_std"] = score_logits(fake_rows["logits"], images.names, args.protocol)
     if "pr" in args.metrics:
-        pools = (features["pool"].to(world.device) for features in (real_rows, fake_rows))
+        pools = (some["pool"].to(world.device) for some in (real_rows, fake_rows))
         figures["precision"], figures["recall"] = precision_recall(*pools)
     report(args, images, reference, {"generated": figures}, model, world)
 
 
 def reconstruct(args, model, world):
     """The second mode: compares IMAGES with what RUN/vq.pt and RUN/kl.pt, or the one that exists, make of them."""
-    files = {kind: os.path.join(args.reconstruct, f"{kind}.pt") for kind in ("vq", "kl")}
-    tokenizers = {kind: checkpoints.load_model(f, kind, world.device) for kind, f in files.items() if os.path.exists(f)}
+    tokenizers = {kind: checkpoints.load_model(path, kind, world.device) for kind in ("vq", "kl")
+                  if os.path.exists(path := os.path.join(args.reconstruct, f"{kind}.pt"))}
     refuse([(not tokenizers, f"{args.reconstruct} holds neither vq.pt nor kl.pt")])
     if os.path.isdir(args.images):
         args.crop = args.crop or next(iter(tokenizers.values())).about.get("image_size", 256)
@@ -397,13 +388,13 @@ def reconstruct(args, model, world):
             out[f"{kind} pixels"] = torch.stack(psnr_ssim(images, decoded), 1)      # [B, 2]
         return out
 
-    rows = {f"{kind} pixels" for kind in tokenizers}
-    statistics, rows = measure(images, features, {"pool", *tokenizers}, rows, args, world)
+    pixels = {f"{kind} pixels" for kind in tokenizers}
+    statistics, _ = measure(args, world, images, features, {"pool", *tokenizers, *pixels})
     if args.dry_run or world.rank > 0:
         return
     figures = {}
     for kind in tokenizers:
-        psnr, ssim = rows[f"{kind} pixels"].double().mean(0).tolist()
+        psnr, ssim = statistics[f"{kind} pixels"][0].tolist()  # the mean; the covariance is not needed
         figures[kind] = {"rfid": frechet_distance(*statistics["pool"], *statistics[kind]), "psnr": psnr, "ssim": ssim}
     report(args, images, None, figures, model, world)
 
@@ -411,7 +402,7 @@ def reconstruct(args, model, world):
 def save(args, model, world):
     """The third mode: writes the statistics of IMAGES, with what they were made from and with."""
     images = open_images(args.images, args.crop, args.jpeg)
-    statistics, _ = measure(images, model, {"pool", "spatial"}, set(), args, world)
+    statistics, _ = measure(args, world, images, model, {"pool", "spatial"})
     if args.dry_run or world.rank > 0:
         return
     (mu, sigma), (mu_s, sigma_s) = statistics["pool"], statistics["spatial"]
@@ -430,14 +421,14 @@ def table(paths) -> str:
             settings = (r["samples"]["settings"] or {}).get("sampling", {})
             about = {k: settings.get(k) for k in ("iterations", "steps", "cfg", "schedule")}
             about |= {"N": r["images"], "protocol": r["protocol"], "reference": (r["reference"] or {}).get("path")}
+            about = {k: v for k, v in about.items() if v is not None}
             for row, figures in r["figures"].items():
                 name = r["samples"]["path"] if row == "generated" else f"{r['reconstructed']}, {row}"
                 rows.append({"of": name, **about, **labelled(figures, r["images"])})
-        except (LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is no result.json of fid.py.") from None
-    columns = list(dict.fromkeys(c for row in rows for c, value in row.items() if value is not None))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -455,13 +446,13 @@ def labelled(figures, n) -> dict:
 def report(args, images: Images, reference: dict | None, figures, model, world):
     """Prints the figures and writes result.json with everything that they depend on."""
     n, seconds = images.count, round(time.time() - args.start, 1)
-    beside = not (args.run or args.reconstruct) and os.path.isdir(args.images)
-    out = args.out or os.path.join(args.images if beside else "", "result.json")
-    result = {"figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
-              "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds}
-    write_json(out, result)
+    beside = args.images if not (args.run or args.reconstruct) and os.path.isdir(args.images) else ""
+    out = args.out or os.path.join(beside, "result.json")
+    write_json(out, {
+        "figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
+        "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds})
     for row, values in figures.items():
         for name, text in labelled(values, n).items():
             print0(f"{row:12} {name:12} {text}")
@@ -474,6 +465,7 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
 
 
 def read_flags():
+    """-> checked flags, with args.images (the path GENERATED or IMAGES) and args.reference, which may be None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="GENERATED, REFERENCE or IMAGES, as in the examples")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="torch-fidelity")
@@ -494,19 +486,14 @@ def read_flags():
     draw.add_argument("--class", dest="class_", metavar="CLASS", help="default: all")
     draw.add_argument("--seed", type=int, help="default 0")
     sample.add_sampling_flags(draw)
-    return check_flags(parser.parse_args())
-
-
-def check_flags(args):
-    """Refuses flags that do not fit together. -> args with args.images (GENERATED or IMAGES) and args.reference."""
+    args = parser.parse_args()
     drawing = [getattr(args, name) for name in ("num", "class_", "seed", *(f.name for f in fields(Sampling)))]
     scoring = not (args.save or args.reconstruct or args.table)
     metrics = args.metrics.split(",") if args.metrics else PROTOCOLS[args.protocol][1]
     # --run draws GENERATED, and the Inception Score alone needs no REFERENCE
     names = ["images"] * (not args.run) + ["reference"] * (scoring and metrics != ["is"])
-    cropped = args.paths[-1] if args.paths and not names == ["images"] * scoring else ""
-    refuse([(bool(args.run) + bool(args.save) + bool(args.reconstruct) > 1,
-             "take one of --run, --save and --reconstruct"),
+    cropped = args.paths[-1] if args.paths and (not scoring or names[-1:] == ["reference"]) else ""
+    refuse([(bool(args.run) + bool(args.save) + bool(args.reconstruct) > 1, "take one of --run, --save, --reconstruct"),
             (not args.run and drawing != [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
             (not scoring and args.metrics, "--metrics is for generated images"),
             (args.save and not args.save.endswith(".npz"), "--save takes FILE.npz"),
