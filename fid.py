@@ -164,7 +164,8 @@ def measure(args, world, images, features, statistics: set, rows=()):
     in the order of the images. Only rank 0 gets them. They are empty on the other ranks, and after a dry run.
     """
     H, W = images.size
-    print0(f"{images.about['path']}: {images.count} images of {H}x{W} pixels, protocol {args.protocol}")
+    print0(f"{images.about['path']}: {images.count} images of {H}x{W} pixels; protocol {args.protocol}, "
+           f"reference {args.reference or 'none'}")
     if args.dry_run:
         return {}, {}
     # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
