@@ -18,12 +18,10 @@ must never be compared. docs/evaluation.md says what each protocol does.
 import argparse
 import glob
 import json
-import math
 import os
 import platform
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,20 +31,22 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.special import entr
+from tqdm import tqdm
 
 import checkpoints
 import sample
 from data import ahead, read_image, text_hash, to_float
-from inception import Inception, exact_convolutions, file_hash, find_inception, measure
+from inception import Inception, exact_convolutions, file_hash, find_inception
 from presets import Sampling
 from faults import run_script
-from runtime import UserError, barrier, print0, setup, write_file
+from runtime import UserError, barrier, gather, print0, read_json, refuse, setup, write_file, write_json
 
-METRICS = ["fid", "sfid", "is", "pr"]
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # and the features that they need
 PROTOCOLS = {
     # name            resize   metrics by default
     "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C names none
-    "adm":            ("tf1",   METRICS),        # ADM, DiT, LlamaGen; its IS differs, see `score_logits`
+    "adm":            ("tf1",   [*METRICS]),     # ADM, DiT, LlamaGen; its IS differs, see `score_logits`
     "pytorch-fid":    ("torch", ["fid"]),        # defines no other metric
 }
 LOSSLESS, LOSSY = (".png", ".bmp", ".ppm", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
@@ -62,10 +62,9 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     eigenvalues are rounding errors of 1e-16, but the square roots of these errors, 1e-8 each, would add up.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
-    if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
-        raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared.")
-    if not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)):
-        raise UserError("the statistics are not finite; the Inception weights or the reference file are damaged.")
+    refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
+            (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
+             "the statistics are not finite; the Inception weights or the reference file are damaged")])
     variance, axes = torch.linalg.eigh(cov1)                                        # ascending
     keep = variance > variance[-1] * len(variance) * torch.finfo(variance.dtype).eps
     root = axes[:, keep] * variance[keep].sqrt()                                    # R [D, rank]
@@ -76,19 +75,15 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
 def score_of(parts):
     """exp(mean KL(p_i || mean of p)) of each part [n, 1008] of the logits -> mean and deviation of these scores."""
-    scores = []
-    for part in parts:
-        log_p = part.double().log_softmax(1)
-        log_mean = log_p.logsumexp(0) - math.log(len(part))
-        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    parts = [part.double().softmax(1) for part in parts]  # the mean KL is entropy of the mean - mean of the entropies
+    scores = [float((entr(p.mean(0)).sum() - entr(p).sum(1).mean()).exp()) for p in parts]
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def inception_score(logits, splits: int = 10, seed: int = 2020):
     """torch-fidelity's: all rows [N, 1008] are shuffled by the seed and cut into equal parts -> (mean, deviation)."""
     N = len(logits)
-    if N < splits:
-        raise UserError(f"the Inception Score needs at least {splits} images, not {N}.")
+    refuse([(N < splits, f"the Inception Score needs at least {splits} images, not {N}")])
     logits = torch.as_tensor(logits).cpu()[np.random.RandomState(seed).permutation(N)]
     return score_of([logits[i * N // splits:(i + 1) * N // splits] for i in range(splits)])
 
@@ -114,17 +109,13 @@ def precision_recall(real, fake, k: int = 3):
     time. ADM computes them in float16, where they tie: it reads 0.001 (precision) and 0.002 (recall) higher.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on both sides.")
-
-    def radii(points):  # k + 1, because the nearest point of all is the point itself
-        rows = (torch.cdist(block, points) for block in points.split(1000))
-        return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in rows])
-
-    real_radius, fake_radius = radii(real), radii(fake)
+    refuse([(min(len(real), len(fake)) <= k, f"precision and recall need more than {k} images on both sides")])
+    distances = lambda a, b: (torch.cdist(block, b) for block in a.split(1000))     # [1000, len(b)] each
+    # k + 1, because the nearest point of all is the point itself
+    real_radius, fake_radius = (torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(x, x)])
+                                for x in (real, fake))
     precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for block, radius in zip(fake.split(1000), fake_radius.split(1000)):
-        d = torch.cdist(block, real)                                                # [1000, N]
+    for d, radius in zip(distances(fake, real), fake_radius.split(1000)):
         precise.append((d <= real_radius).any(1))
         recalled |= (d <= radius[:, None]).any(0)
     return float(torch.cat(precise).cpu().double().mean()), float(recalled.cpu().double().mean())
@@ -147,6 +138,54 @@ def psnr_ssim(a, b):
     return psnr, ssim.view(len(x), -1).mean(1)
 
 
+# --------------------------------------------------------------------------------------------- features of many images
+
+def products(rows):
+    """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
+
+    Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5.
+    """
+    rows = F.pad((rows.cpu() if rows.device.type == "mps" else rows).double(), (1, 0), value=1.0)  # MPS has no float64
+    return rows.T @ rows
+
+
+def mean_and_covariance(products):
+    """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
+    n = int(products[0, 0])
+    refuse([(n < 2, f"{n} images have no covariance; an FID needs many images, in papers 50,000")])
+    mean = products[0, 1:] / n
+    return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
+
+
+def measure(args, world, images, features, statistics: set, rows=()):
+    """Sends Images through `features`, which maps a batch [B, 3, H, W] to a dictionary of name: [B, D].
+
+    -> two dictionaries: (mean, covariance) of each name in `statistics`, and all rows [N, D] of each name in `rows`,
+    in the order of the images. Only rank 0 gets them. They are empty on the other ranks, and after a dry run.
+    """
+    H, W = images.size
+    print0(f"{images.about['path']}: {images.count} images of {H}x{W} pixels; protocol {args.protocol}, "
+           f"reference {args.reference or 'none'}")
+    if args.dry_run:
+        return {}, {}
+    # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
+    # share a batch, and the features must not depend on the number of ranks.
+    starts = range(0, images.count, args.batch)
+    starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
+    batches = images.batches(range(i, min(i + args.batch, images.count)) for i in starts)
+    sums, kept = {}, {name: [] for name in rows}
+    for pixels in tqdm(batches, images.about["path"], len(starts), unit="batch", disable=world.rank > 0):
+        out = features(pixels.to(world.device))
+        sums = {name: sums.get(name, 0) + products(out[name]) for name in statistics}
+        for name in rows:
+            kept[name].append(out[name].cpu())
+    ranks = gather(({name: total.cpu() for name, total in sums.items()}, kept))
+    if ranks is None:
+        return {}, {}
+    return ({name: mean_and_covariance(sum(sums.get(name, 0) for sums, _ in ranks)) for name in statistics},
+            {name: torch.cat([part for _, kept in ranks for part in kept[name]]) for name in rows})
+
+
 # ----------------------------------------------------------------------------------------------------- image sources
 
 @dataclass
@@ -162,9 +201,9 @@ class Images:
 def about_images(path, content_hash, labels, settings=None) -> dict:
     """What result.json says about images. labels: their classes, or None. settings: by default those beside `path`."""
     settings = settings or sample.read_settings(path.removesuffix(".npz"))
-    if settings and settings.get("coarse"):
-        raise UserError(f"{path} holds images beside their decoded codes; draw them again without --show-coarse.")
-    counts = Counter(labels or []).values()
+    refuse([(settings and settings.get("coarse"),
+             f"{path} holds images beside their decoded codes; draw them again without --show-coarse")])
+    counts = np.unique([*(labels or ())], return_counts=True)[1].tolist()
     counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
     return {"path": path, "hash": content_hash, "per_class": counts, "settings": settings}
 
@@ -173,22 +212,20 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
     """A folder or an .npz of images. crop: ADM's centre crop to so many pixels; jpeg: accept compressed images."""
     if root.endswith(".npz"):
         return open_archive(root)
-    if not os.path.isdir(root):
-        raise UserError(f"{root} is neither a folder of images nor an .npz or .pt file.")
     found = glob.glob("**", root_dir=root, recursive=True)  # at any depth; no hidden files and folders
     files = sorted(f for f in found if f.lower().endswith(LOSSLESS + LOSSY))
-    if not files:
-        raise UserError(f"{root} holds no images ({', '.join(LOSSLESS)}).")
-    if not jpeg and (lossy := [f for f in files if f.lower().endswith(LOSSY)]):
-        raise UserError(f"{root} holds {len(lossy)} compressed images, e.g. {lossy[0]}. Compression changes an FID: "
-                        f"save PNG files, or give --jpeg if these are the originals.")
-    if gone := [f for f in files if not os.path.exists(os.path.join(root, f))]:
-        raise UserError(f"{root}/{gone[0]} is a link to a file that does not exist; make it again or remove it.")
+    lossy = [f for f in files if f.lower().endswith(LOSSY) and not jpeg]
+    gone = [f for f in files if not os.path.exists(os.path.join(root, f))]
+    refuse([(not os.path.isdir(root), f"{root} is neither a folder of images nor an .npz or .pt file"),
+            (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
+            (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
+                    f"FID: save PNG files, or give --jpeg if these are the originals"),
+            (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it")])
     content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
     about = about_images(root, content, map(os.path.dirname, files))
-    if len(files) < (asked := (about["settings"] or {}).get("num", 0)):
-        raise UserError(f"{root} holds {len(files)} of {asked} images; run the same sample.py command again to draw "
-                        f"the missing ones.")
+    asked = (about["settings"] or {}).get("num", 0)
+    refuse([(len(files) < asked, f"{root} holds {len(files)} of {asked} images; run the same sample.py command again "
+                                 f"to draw the missing ones")])
 
     def read(file):
         if (image := read_image(os.path.join(root, file), crop)) is None:
@@ -222,9 +259,9 @@ def open_archive(path) -> Images:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         labels = np.load(path)["arr_1"].ravel().tolist() if "arr_1.npy" in archive.namelist() else None
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
-        raise UserError(f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3].")
-    start, image_bytes = file.tell(), math.prod(shape[1:])
+    refuse([(len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0],
+             f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3]")])
+    start, image_bytes = file.tell(), int(np.prod(shape[1:]))
 
     def load(numbers):
         with reading(path):
@@ -265,7 +302,7 @@ def read_arrays(path) -> dict:
         return checkpoints.read(path)
 
 
-def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
+def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
     ADM             mu, sigma, mu_s, sigma_s of all of ImageNet, and arr_0, 10,000 images for precision and recall
@@ -275,86 +312,71 @@ def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
 
     -> a dictionary for result.json; {"pool", "spatial": (mean, covariance)}, empty for images; Images or None.
     """
+    path, metrics = args.reference, args.metrics
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
-    images = open_images(path, crop, jpeg) if "arr_0" in arrays else None
+    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
+    # precision and recall; the file's statistics serve FID.
+    wanted = "arr_0" in arrays and ("pr" in metrics or "mu" not in arrays)
+    images = open_images(path, args.crop, args.jpeg) if wanted else None
     if images and "mu" not in arrays:
         return {**images.about, "images": images.count, "size": images.size}, {}, images
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
+    refuse([(not {"mu", "sigma"} <= arrays.keys(), f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")])
+    choose = "choose other --metrics or another reference"
     made = json.loads(str(arrays["about"])) if "about" in arrays else {}
     inception = made.get("inception") or ({"resize": "tf1"} if "mu_s" in arrays else {})  # mu_s without about: ADM
     if not inception:
         print0(f"note: {path} does not say how its images were resized; {model.about['resize']} is assumed")
-    for key in ("resize", "sha256"):
-        if inception.get(key, model.about[key]) != model.about[key]:
-            raise UserError(f"{path} was made with another {key} of Inception, {inception[key][:8]} instead of "
-                            f"{model.about[key][:8]}; choose --protocol and --inception to fit, or make it again.")
-    statistics = {}
-    for name, s, D in (("pool", "", 2048), ("spatial", "_s", 2023)):
-        if f"mu{s}" in arrays:
-            statistics[name] = arrays[f"mu{s}"], arrays[f"sigma{s}"]
-            if [np.shape(v) for v in statistics[name]] != [(D,), (D, D)]:
-                raise UserError(f"{path} has statistics of another network: mu{s} should have {D} entries.")
-    for lacking, what in (("sfid" in metrics and "spatial" not in statistics, "statistics for sFID"),
-                          ("pr" in metrics and not images, "images for precision and recall")):
-        if lacking:
-            raise UserError(f"{path} has no {what}; choose other --metrics or another reference.")
+    refuse((inception.get(key, ours) != ours,
+            f"{path} was made with another {key} of Inception, {inception.get(key, ours)[:8]} instead of {ours[:8]}; "
+            f"choose --protocol and --inception to fit, or make it again")
+           for key, ours in model.about.items() if key != "file")
+    statistics = {name: (arrays[f"mu{s}"], arrays[f"sigma{s}"])
+                  for name, s in (("pool", ""), ("spatial", "_s")) if f"mu{s}" in arrays}
+    refuse([([np.shape(sigma) for _, sigma in statistics.values()] != [(2048, 2048), (2023, 2023)][:len(statistics)],
+             f"{path} has statistics of another network; an FID needs 2,048 features of Inception"),
+            ("sfid" in metrics and "spatial" not in statistics, f"{path} has no statistics for sFID; {choose}"),
+            ("pr" in metrics and not images, f"{path} has no images for precision and recall; {choose}")])
     return {**made, "path": path, "hash": file_hash(path)}, statistics, images
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def stops_here(args, images: Images) -> bool:
-    """Prints what is about to be measured. True with --dry-run, which asks for no more."""
-    against = f" against {args.reference}" if args.reference else ""
-    print0(f"{images.count} images of {images.size[0]}x{images.size[1]} pixels: {images.about['path']}{against}, "
-           f"protocol {args.protocol}")
-    return args.dry_run
-
-
 def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
-    reference, real, real_images = None, {}, None
-    if args.reference:
-        reference, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
-    images = draw_images(args, world.device) if args.run else open_images(args.generated, jpeg=args.jpeg)
-    if real and reference.get("size", images.size) != images.size:
-        raise UserError(f"{args.reference} comes from images of {reference['size']} pixels, but these have "
-                        f"{images.size}; make it again with another --crop.")
-    if stops_here(args, images):
-        return
-    statistics = {name for metric, name in (("fid", "pool"), ("sfid", "spatial")) if metric in args.metrics}
-    rows = {name for metric, name in (("is", "logits"), ("pr", "pool")) if metric in args.metrics}
-    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
-    # precision and recall; the file's statistics serve FID.
-    if real_images and ("pr" in args.metrics or not real):
-        lacking = set() if real else statistics
-        measured, real_rows = measure(real_images, model, lacking, rows & {"pool"}, world, args.batch)
+    reference, real, real_images = open_reference(args, model) if args.reference else (None, {}, None)
+    images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
+    size = reference.get("size", images.size) if real else images.size
+    refuse([(size != images.size, f"{args.reference} comes from images of {size} pixels, but these have {images.size}; "
+                                  f"make it again with another --crop")])
+    statistics = {METRICS[metric] for metric in args.metrics if metric in ("fid", "sfid")}
+    rows = {METRICS[metric] for metric in args.metrics if metric in ("is", "pr")}
+    if real_images:
+        measured, real_rows = measure(args, world, real_images, model, set() if real else statistics, rows & {"pool"})
         real = real or measured
-    fake, fake_rows = measure(images, model, statistics, rows, world, args.batch)
-    if world.rank > 0:
+    fake, fake_rows = measure(args, world, images, model, statistics, rows)
+    if args.dry_run or world.rank > 0:
         return
     figures = {figure: frechet_distance(*real[name], *fake[name])
                for figure, name in (("gfid", "pool"), ("sfid", "spatial")) if name in statistics}
     if "is" in args.metrics:
         figures["is"], figures["is_std"] = score_logits(fake_rows["logits"], images.names, args.protocol)
     if "pr" in args.metrics:
-        pools = (features["pool"].to(world.device) for features in (real_rows, fake_rows))
+        pools = (some["pool"].to(world.device) for some in (real_rows, fake_rows))
         figures["precision"], figures["recall"] = precision_recall(*pools)
     report(args, images, reference, {"generated": figures}, model, world)
 
 
 def reconstruct(args, model, world):
     """The second mode: compares IMAGES with what RUN/vq.pt and RUN/kl.pt, or the one that exists, make of them."""
-    files = {kind: os.path.join(args.reconstruct, f"{kind}.pt") for kind in ("vq", "kl")}
-    tokenizers = {kind: checkpoints.load_model(f, kind, world.device) for kind, f in files.items() if os.path.exists(f)}
-    if not tokenizers:
-        raise UserError(f"{args.reconstruct} holds neither vq.pt nor kl.pt.")
+    tokenizers = {kind: checkpoints.load_model(path, kind, world.device) for kind in ("vq", "kl")
+                  if os.path.exists(path := os.path.join(args.reconstruct, f"{kind}.pt"))}
+    refuse([(not tokenizers, f"{args.reconstruct} holds neither vq.pt nor kl.pt")])
     if os.path.isdir(args.images):
         args.crop = args.crop or next(iter(tokenizers.values())).about.get("image_size", 256)
     images = open_images(args.images, args.crop, args.jpeg)
-    if any(images.size[0] % t.stride or images.size[0] != images.size[1] for t in tokenizers.values()):
-        raise UserError(f"tokenizers cannot take images of {images.size} pixels; give --crop SIZE.")
+    H, W = images.size
+    refuse((H % t.stride or H != W, f"tokenizers cannot take images of {images.size} pixels; give --crop SIZE")
+           for t in tokenizers.values())
 
     def features(images):
         out = {"pool": model(images)["pool"]}
@@ -367,15 +389,13 @@ def reconstruct(args, model, world):
             out[f"{kind} pixels"] = torch.stack(psnr_ssim(images, decoded), 1)      # [B, 2]
         return out
 
-    if stops_here(args, images):
-        return
-    rows = {f"{kind} pixels" for kind in tokenizers}
-    statistics, rows = measure(images, features, {"pool", *tokenizers}, rows, world, args.batch)
-    if world.rank > 0:
+    pixels = {f"{kind} pixels" for kind in tokenizers}
+    statistics, _ = measure(args, world, images, features, {"pool", *tokenizers, *pixels})
+    if args.dry_run or world.rank > 0:
         return
     figures = {}
     for kind in tokenizers:
-        psnr, ssim = rows[f"{kind} pixels"].double().mean(0).tolist()
+        psnr, ssim = statistics[f"{kind} pixels"][0].tolist()  # the mean; the covariance is not needed
         figures[kind] = {"rfid": frechet_distance(*statistics["pool"], *statistics[kind]), "psnr": psnr, "ssim": ssim}
     report(args, images, None, figures, model, world)
 
@@ -383,10 +403,8 @@ def reconstruct(args, model, world):
 def save(args, model, world):
     """The third mode: writes the statistics of IMAGES, with what they were made from and with."""
     images = open_images(args.images, args.crop, args.jpeg)
-    if stops_here(args, images):
-        return
-    statistics, _ = measure(images, model, {"pool", "spatial"}, set(), world, args.batch)
-    if world.rank > 0:
+    statistics, _ = measure(args, world, images, model, {"pool", "spatial"})
+    if args.dry_run or world.rank > 0:
         return
     (mu, sigma), (mu_s, sigma_s) = statistics["pool"], statistics["spatial"]
     made = json.dumps({"images": images.count, "size": images.size, "crop": args.crop, "inception": model.about,
@@ -400,19 +418,18 @@ def table(paths) -> str:
     rows = []
     for path in paths:
         try:
-            with open(path) as f:
-                r = json.load(f)
+            r = read_json(path)
             settings = (r["samples"]["settings"] or {}).get("sampling", {})
             about = {k: settings.get(k) for k in ("iterations", "steps", "cfg", "schedule")}
             about |= {"N": r["images"], "protocol": r["protocol"], "reference": (r["reference"] or {}).get("path")}
+            about = {k: v for k, v in about.items() if v is not None}
             for row, figures in r["figures"].items():
                 name = r["samples"]["path"] if row == "generated" else f"{r['reconstructed']}, {row}"
                 rows.append({"of": name, **about, **labelled(figures, r["images"])})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is no result.json of fid.py.") from None
-    columns = list(dict.fromkeys(c for row in rows for c, value in row.items() if value is not None))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -429,13 +446,14 @@ def labelled(figures, n) -> dict:
 
 def report(args, images: Images, reference: dict | None, figures, model, world):
     """Prints the figures and writes result.json with everything that they depend on."""
-    n, folder = images.count, args.generated if args.generated and os.path.isdir(args.generated) else ""
-    out, seconds = args.out or os.path.join(folder, "result.json"), round(time.time() - args.start, 1)
-    result = {"figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
-              "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds}
-    write_file(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
+    n, seconds = images.count, round(time.time() - args.start, 1)
+    beside = args.images if not (args.run or args.reconstruct) and os.path.isdir(args.images) else ""
+    out = args.out or os.path.join(beside, "result.json")
+    write_json(out, {
+        "figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
+        "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds})
     for row, values in figures.items():
         for name, text in labelled(values, n).items():
             print0(f"{row:12} {name:12} {text}")
@@ -448,6 +466,7 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
 
 
 def read_flags():
+    """-> checked flags, with args.images (the path GENERATED or IMAGES) and args.reference, which may be None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="GENERATED, REFERENCE or IMAGES, as in the examples")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="torch-fidelity")
@@ -469,35 +488,26 @@ def read_flags():
     draw.add_argument("--seed", type=int, help="default 0")
     sample.add_sampling_flags(draw)
     args = parser.parse_args()
-    if args.table and not args.paths:
-        raise UserError("--table needs result files: --table A/result.json B/result.json.")
-    return args if args.table else check_flags(args)
-
-
-def check_flags(args):
-    """Refuses flags that do not fit together. -> args with named paths: args.generated, args.reference, args.images."""
     drawing = [getattr(args, name) for name in ("num", "class_", "seed", *(f.name for f in fields(Sampling)))]
+    scoring = not (args.save or args.reconstruct or args.table)
     metrics = args.metrics.split(",") if args.metrics else PROTOCOLS[args.protocol][1]
-    if args.save or args.reconstruct:
-        names = ["images"]
-    else:  # --run draws GENERATED, and the Inception Score alone needs no REFERENCE
-        names = ["generated"] * (not args.run) + ["reference"] * (metrics != ["is"])
-    cropped = args.paths[-1] if args.paths and names[-1:] != ["generated"] else ""
-    checks = [([args.run, args.save, args.reconstruct].count(None) >= 2, "take one of --run, --save and --reconstruct"),
-              (args.run or drawing == [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
-              (names != ["images"] or not args.metrics, "--metrics is for generated images"),
-              (not args.save or args.save.endswith(".npz"), "--save takes FILE.npz"),
-              (not args.reconstruct or not args.crop or args.crop >= 11, "SSIM needs a --crop of at least 11 pixels"),
-              (set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
-              (args.protocol != "pytorch-fid" or metrics == ["fid"], "pytorch-fid defines FID only"),
-              (len(args.paths) == len(names), f"{len(names)} paths are needed, not {len(args.paths)}; see --help"),
-              (not args.crop or os.path.isdir(cropped), "--crop crops the images of a folder REFERENCE or IMAGES"),
-              (all(v is None or v >= 1 for v in (args.batch, args.num, args.crop)),
-               "--batch, --num and --crop must be at least 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
-    args.metrics, args.generated, args.reference, args.images = metrics, None, None, None
+    # --run draws GENERATED, and the Inception Score alone needs no REFERENCE
+    names = ["images"] * (not args.run) + ["reference"] * (scoring and metrics != ["is"])
+    cropped = args.paths[-1] if args.paths and (not scoring or names[-1:] == ["reference"]) else ""
+    refuse([(bool(args.run) + bool(args.save) + bool(args.reconstruct) > 1, "take one of --run, --save, --reconstruct"),
+            (not args.run and drawing != [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
+            (not scoring and args.metrics, "--metrics is for generated images"),
+            (args.save and not args.save.endswith(".npz"), "--save takes FILE.npz"),
+            (args.reconstruct and args.crop and args.crop < 11, "SSIM needs a --crop of at least 11 pixels"),
+            (not set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
+            (args.protocol == "pytorch-fid" and metrics != ["fid"], "pytorch-fid defines FID only"),
+            (not args.table and len(args.paths) != len(names),
+             f"{len(names)} paths are needed, not {len(args.paths)}; see --help"),
+            (args.table and not args.paths, "--table needs result files: --table A/result.json B/result.json"),
+            (args.crop and not os.path.isdir(cropped), "--crop crops the images of a folder REFERENCE or IMAGES"),
+            (not all(v is None or v >= 1 for v in (args.batch, args.num, args.crop)),
+             "--batch, --num and --crop must be at least 1")])
+    args.metrics, args.images, args.reference = metrics, None, None
     vars(args).update(zip(names, args.paths))
     return args
 

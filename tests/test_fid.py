@@ -50,7 +50,7 @@ def relative(a, b):
 
 
 def statistics(rows, batch=16):
-    return inception.mean_and_covariance(sum(inception.products(part) for part in torch.as_tensor(rows).split(batch)))
+    return fid.mean_and_covariance(sum(fid.products(part) for part in torch.as_tensor(rows).split(batch)))
 
 
 # --------------------------------------------------------------------------------------------------------- Inception
@@ -211,8 +211,8 @@ def test_statistics_are_those_of_all_rows():
     for mean, cov in (statistics(x, 500), statistics(x, 7)):
         assert np.allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
         assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
-    both = inception.products(x[:400]) + inception.products(x[400:])
-    for one, two in zip(inception.mean_and_covariance(both), statistics(x)):
+    both = fid.products(x[:400]) + fid.products(x[400:])
+    for one, two in zip(fid.mean_and_covariance(both), statistics(x)):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-9)
     with pytest.raises(UserError, match="1 images have no covariance"):
         statistics(x[:1])
