@@ -166,12 +166,13 @@ class DiffusionHead(nn.Module):
         for name, values in vars(Schedule()).items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
-    def loss(self, x, z, t=None, noise=None):
+    def loss(self, x, z, t=None, noise=None, net=None):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None. Pass t [M, N] and noise [M, N, C] for M draws per row; the
         result is then [M, N]. IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step
-        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps.
+        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps. net: another
+        form of self.net, which fast.py brings.
         """
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
@@ -179,7 +180,7 @@ class DiffusionHead(nn.Module):
             noise = torch.randn(*t.shape, x.shape[-1], device=x.device) if noise is None else noise
             at = lambda coefficients: coefficients[t][..., None]                # [..., N, 1]
             x_t = at(self.signal) * x + at(self.sigma) * noise                  # DDPM Eq. 4
-            eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [..., N, C]
+            eps, v = (net or self.net)(x_t, t, z).chunk(2, dim=-1)              # each [..., N, C]
             low, high = at(self.min_logvar), at(self.max_logvar)
             logvar = self.log_variance(v, low, high)
             x0 = at(self.x_from_xt) * x_t - at(self.x_from_eps) * eps.detach()
