@@ -220,7 +220,7 @@ def read_json(path: str):
     try:
         with open(path) as f:
             return json.load(f)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # or a file stands where the folder should be
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use {path}: {error}; remove it or choose another folder.") from None

@@ -2,25 +2,20 @@
 
     python sample.py --class 207                              # 16 golden retrievers by weights/tiny -> sample.png
     python sample.py --class "golf ball" --num 4 --seed 3     # by name, other pictures
-    python sample.py --class all --out all.png                # every class that the run knows
-    python sample.py --run runs/mine --class 7 --show-coarse  # another run; decoded codes beside the final pictures
-    python sample.py --class 497 --frames church.gif          # beside sample.png: the pictures after every iteration
+    python sample.py --run runs/mine --class all              # another run, every class that it knows
+    python sample.py --class church --show-coarse             # the decoded codes beside each picture
+    python sample.py --class 497 --frames church.gif          # also a film: the pictures after every iteration
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
-    python sample.py --class church --like IMAGE              # takes the codes of IMAGE, draws new details: variations
+    python sample.py --class church --like IMAGE              # keeps the codes of IMAGE, draws new details: variations
     python sample.py --about sample.png                       # how this picture was made, and the command for it
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # single files; X.npz: one file too
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # single files; X.npz: also one file
 
-A command that writes a folder draws only the missing pictures when it runs again. From Python:
+A command that writes a folder draws only the missing pictures when it runs again. A picture depends on the seed, its
+index and the kind of device; batch size and number of GPUs change its rounding only.
 
-    import sample
-    run = sample.load_run("weights/tiny")
-    pictures = sample.generate(run, ["golden retriever", 574], seed=1, progress=True)
-    pictures.pil()[0].save("retriever.png")
-
-A string is a name or an id, as after --class. A number is the id or the index of a class; a number that fits two
-classes is refused. A tensor holds indices. Keywords such as `iterations=16, cfg=2` replace what the run recommends
-(`presets.Sampling`), as the flags do. A picture depends on (seed, its index) and the kind of device, and
-not on batch size or number of GPUs, to rounding. docs/sampling.md says what each flag does.
+From Python: `load_run`, `generate`. For classes, a string is a name or an id, as after --class. A number is the id or
+the index of a class; a number that fits two classes is refused. A tensor holds indices. docs/sampling.md has an example
+and says what each flag does.
 """
 import argparse
 import glob
@@ -41,12 +36,12 @@ from tqdm import tqdm
 
 import checkpoints
 import fast
-from data import center_crop, read_image, to_float
+from data import center_crop, open_image, to_float
+from faults import run_script
 from generator import Generator
 from presets import Sampling
 from prior import Prior
-from faults import run_script
-from runtime import UserError, autocast, barrier, print0, refuse, rng, setup, sweep, write_file
+from runtime import UserError, autocast, barrier, print0, read_json, refuse, rng, setup, sweep, write_file, write_json
 from tokenizers import KL, VQ
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
@@ -66,7 +61,7 @@ class Run:
     sampling: Sampling   # what the run recommends
     device: torch.device
     graphs: fast.Graphs | None = None
-    null: fast.Prepared | None = None  # the generator's null condition; the first guided pictures compute it
+    null: fast.Prepared | None = None  # the generator's null condition; the first call of `generate` computes it
 
     @property
     def pixels(self) -> int:  # side of a picture
@@ -74,18 +69,16 @@ class Run:
 
 
 def load_run(path: str, device="cpu") -> Run:
-    """Reads PATH/{kl,generator}.pt and, if the generator's fusion reads codes, PATH/{vq,prior}.pt; own or official."""
+    """Reads PATH/{kl,generator}.pt and, if the generator's fusion reads codes, PATH/{vq,prior}.pt; ours or official."""
     if not os.path.isdir(path):
         raise UserError(f"there is no run directory {path}; train one (train.py), or omit --run to use weights/tiny.")
     load = lambda kind: checkpoints.load_model(os.path.join(path, f"{kind}.pt"), kind, device)
-    generator, kl, vq, prior = load("generator"), load("kl"), None, None
-    if generator.fusion.reads_codes:
-        vq, prior = load("vq"), load("prior")
+    generator, kl = load("generator"), load("kl")
+    vq, prior = (load("vq"), load("prior")) if generator.fusion.reads_codes else (None, None)
     classes = generator.about.get("classes") or official_classes(path, generator.config.classes)
     run = Run(kl, generator, vq, prior, classes, Sampling(**generator.about.get("sampling", {})), torch.device(device))
     check_fit(path, run)
-    if "latent_scale" in generator.about:  # the scale that the generator was trained with wins over the one in kl.pt
-        kl.set_scale(generator.about["latent_scale"])
+    kl.set_scale(generator.about.get("latent_scale", kl.config.scale))  # the generator was trained with its own scale
     refuse([(kl.config.scale is None, f"no file of {path} says the scale of the latents; train the generator again")])
     return run
 
@@ -94,8 +87,8 @@ def official_classes(path, n):
     """Classes of a file that does not name them: ids are indices, names come from PATH/classes.tsv if there is one."""
     named = checkpoints.read_classes(os.path.join(path, "classes.tsv"))
     classes = sorted(named.values()) if named else [[i, str(i)] for i in range(n)]
-    if [c[0] for c in classes] != list(range(n)):
-        raise UserError(f"{path}/classes.tsv must give each id from 0 to {n - 1} once, for {n} classes.")
+    refuse([([c[0] for c in classes] != list(range(n)),
+             f"{path}/classes.tsv must give each id from 0 to {n - 1} once, for {n} classes")])
     return classes
 
 
@@ -121,26 +114,25 @@ def check_fit(path, run: Run):
 
 def find_classes(classes: list, wanted) -> list[int]:
     """Strings, numbers or a tensor, as the head of this file says -> indices."""
+    n, is_number = len(classes), not isinstance(wanted, str)
     if isinstance(wanted, torch.Tensor):
-        refuse([(((wanted < 0) | (wanted > len(classes))).any(), "a tensor of classes holds indices: "
-                 f"0 to {len(classes) - 1} for this run, {len(classes)} for the null class")])
+        refuse([(((wanted < 0) | (wanted > n)).any(),
+                 f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
         return wanted.flatten().tolist()
-    if not isinstance(wanted, str) and hasattr(wanted, "__iter__"):
+    if is_number and hasattr(wanted, "__iter__"):
         return [i for one in wanted for i in find_classes(classes, one)]
     if wanted == "all":
-        return list(range(len(classes)))
-    text, is_number = str(wanted).strip().lower(), not isinstance(wanted, str)
+        return list(range(n))
+    text = str(wanted).strip().lower()
     found = [i for i, (identity, name) in enumerate(classes)
              if text in (str(identity), name.lower(), name.lower().replace(" ", "_")) or is_number and i == wanted]
-    if len(found) == 1:
-        return found
-    if len(found) > 1:
-        ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * is_number
-        raise UserError(f"{wanted!r} stands for several classes; give one of the ids {ids}.")
-    if "," in text:  # after the whole text: some of ImageNet's names have commas
-        return [i for part in wanted.split(",") for i in find_classes(classes, part)]
-    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + ", ..." * (len(classes) > 40)
-    raise UserError(f"this run knows no class {wanted!r}; it knows: {known}")
+    if not found and "," in text:  # the whole text comes first, because some of ImageNet's names have commas
+        return find_classes(classes, wanted.split(","))
+    ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * is_number
+    known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + f" and {n - 40} more" * (n > 40)
+    refuse([(len(found) > 1, f"{wanted!r} stands for several classes; give one of the ids {ids}"),
+            (not found, f"this run knows no class {wanted!r}; it knows: {known}")])
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -151,34 +143,41 @@ class Samples:
     images: torch.Tensor
     coarse: torch.Tensor | None  # the decoded codes, as large as the images
     codes: torch.Tensor | None   # [B, L]
-    frames: tuple = ()           # when asked for: the images after every iteration, on the CPU
+    frames: tuple = ()           # with frames=True: the images after every iteration, on the CPU
 
     def pil(self) -> list:
         """The images as B PIL images, to show or save."""
-        return to_pil(self.images)
+        return [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+@dataclass
+class Start:
+    """What is known of a picture before it is drawn. Known codes and latents stay as they are, to the bit."""
+    codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
+    latents: torch.Tensor        # [L, C]
+    keep: torch.Tensor           # [L] bool, tokens whose latents are known
+    shown: Samples               # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
 
 
 @torch.inference_mode()
 def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None = None, progress=None,
-             start: "Start | None" = None, frames=False, plain=False, **settings) -> Samples:
+             start: Start | None = None, frames=False, plain=False, **settings) -> Samples:
     """B classes -> B pictures, drawn together.
 
     classes    names, ids or indices, as the head of this file says; in a tensor, index n of n classes is the null class
     indices    the numbers of the pictures, 0 to B-1 by default: each seeds the noise of its picture
     sampling   replaces what the run recommends; `settings` replace single fields of it, as in cfg=2.0
-    progress   True shows a bar; a function is called with the share of work, out of 1, done since its last call
+    progress   True shows a bar; a function gets the share of the work, out of 1, that was done since its last call
     start      what all pictures start from: start_edit or start_like
-    frames     True keeps the pictures after every iteration too; latents that are not drawn yet are zero
-    plain      the textbook loops of prior.py and generator.py, the same pictures to rounding
+    frames     True also keeps the pictures after every iteration; latents that are not drawn yet are zero
+    plain      True runs the textbook loops of prior.py and generator.py: the same pictures, to rounding
     """
     s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
-    steps = annealed(s.anneal, s.iterations) if s.anneal else s.steps
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    to_batch = lambda x: x.expand(B, *x.shape)
     with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
-        # in bf16 on CUDA, but for the diffusion head, which stays in fp32
+        # bf16 on CUDA; the diffusion head stays in fp32
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
         def after_iteration(latents):
@@ -193,37 +192,37 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
             draw_codes, draw_latents = fast.generate_codes, partial(fast.generate, null=run.null, graphs=run.graphs)
         if run.prior is not None:
             codes = draw_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,
-                               start and to_batch(start.codes), lambda: advance(0.1 / run.prior.config.grid**2))
-        latents = draw_latents(run.generator, classes, codes, s.iterations, steps, s.cfg, s.schedule, s.temperature,
-                               generator=generators, t_max=s.t_max, cfg_from=s.cfg_from, watch=after_iteration,
-                               start=start and (to_batch(start.latents), to_batch(start.keep)))
+                               start and start.codes.expand(B, -1), lambda: advance(0.1 / run.prior.config.grid**2))
+        latents = draw_latents(run.generator, classes, codes, s.iterations, head_steps(s), s.cfg, s.schedule,
+                               s.temperature, generator=generators, t_max=s.t_max, cfg_from=s.cfg_from,
+                               start=start and (start.latents.expand(B, -1, -1), start.keep.expand(B, -1)),
+                               watch=after_iteration)
     coarse = None if codes is None else to_uint8(run.vq.decode(codes))
     seen = tuple(to_uint8(run.kl.decode(x)).cpu() for x in seen)
     return Samples(to_uint8(run.kl.decode(latents)), coarse, codes, seen)
 
 
-def annealed(text: str, iterations: int) -> list[int]:
-    """"50:5" -> head steps per iteration, linearly from 50 to 5. DiSA (2505.20297): late tokens are nearly known."""
+def head_steps(s: Sampling) -> list[int]:
+    """Steps of the diffusion head in each iteration. --anneal is DiSA's (2505.20297): late tokens are nearly known."""
     try:
-        first, last = (int(n) for n in text.split(":"))
+        first, last = map(int, s.anneal.split(":")) if s.anneal else (s.steps, s.steps)
     except ValueError:
-        raise UserError(f"--anneal takes two numbers of steps, as in 50:5, not {text!r}.") from None
-    return [round(first + (last - first) * k / max(iterations - 1, 1)) for k in range(iterations)]
+        raise UserError(f"--anneal takes two numbers of steps, as in 50:5, not {s.anneal!r}.") from None
+    return [round(first + (last - first) * k / max(s.iterations - 1, 1)) for k in range(s.iterations)]
 
 
-def check_sampling(run: Run, s: Sampling, start: "Start | None" = None) -> Sampling:
+def check_sampling(run: Run, s: Sampling, start: Start | None = None) -> Sampling:
     """Returns s, or raises the sentence that says what is wrong with it."""
     L = run.generator.config.grid**2 if start is None else int((~start.keep).sum())
-    steps = annealed(s.anneal, s.iterations) if s.anneal else [s.steps]
     refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens to draw"),
-            (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999"),
-            (not 1 <= min(steps, default=1) <= max(steps, default=1) <= s.t_max + 1,
+            (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999")])
+    steps = head_steps(s)
+    refuse([(not 1 <= min(steps) <= max(steps) <= s.t_max + 1,
              f"--steps must be between 1 and {s.t_max + 1}, and both numbers of --anneal too"),
             (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
-            (not (s.prior_temperature > 0 and s.temperature >= 0),
-             "--prior-temperature must be above 0 (see also --top-k 1), --temperature not negative"),
-            (not all(map(math.isfinite, (s.cfg, s.prior_cfg, s.temperature, s.prior_temperature))),
-             "--cfg, --prior-cfg and the temperatures must be finite"),
+            (not (0 < s.prior_temperature < math.inf and 0 <= s.temperature < math.inf),
+             "--prior-temperature must be above 0 (see also --top-k 1), --temperature at least 0, both finite"),
+            (not math.isfinite(s.cfg + s.prior_cfg), "--cfg and --prior-cfg must be finite"),
             (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
     return s
 
@@ -235,22 +234,8 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-def to_pil(images) -> list:  # uint8 [B, 3, H, W] -> B PIL images
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-
-
 # ---------------------------------------------------------------------------------------------- a picture to start from
 
-@dataclass
-class Start:
-    """What is known of a picture before it is drawn. Known codes and latents stay as they are, to the bit."""
-    codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
-    latents: torch.Tensor        # [L, C]
-    keep: torch.Tensor           # [L] bool, tokens whose latents are known
-    shown: Samples               # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
-
-
-@torch.inference_mode()
 def start_edit(run: Run, path: str, mask: str) -> Start:
     """--edit PATH --keep MASK: what is white in the mask stays, codes and latents alike; the rest is drawn."""
     picture, white = open_picture(path), open_picture(mask)
@@ -261,25 +246,23 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
     keep, side = whole_tokens(white, h), run.pixels // h
     refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
             (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
-    latents, whole = tokenise(run, picture)
-    codes = None if run.prior is None else torch.where(whole_tokens(white, run.prior.config.grid), whole.codes[0], -1)
-    stays = keep.view(h, h).repeat_interleave(side, 0).repeat_interleave(side, 1)                        # [H, W]
-    shown = torch.where(stays, whole.images, 128).to(torch.uint8)
-    return Start(codes, latents, keep, replace(whole, images=shown))
+    start = tokenise(run, picture)
+    codes = run.prior and torch.where(whole_tokens(white, run.prior.config.grid), start.codes, -1)
+    stays = keep.view(h, 1, h, 1).expand(h, side, h, side).reshape(white.shape)                          # [H, W]
+    grey = replace(start.shown, images=start.shown.images.masked_fill(~stays, 128))
+    return replace(start, codes=codes, keep=keep, shown=grey)
 
 
-@torch.inference_mode()
 def start_like(run: Run, path: str) -> Start:
     """--like PATH: all codes of the picture stay, and all latents are drawn."""
     refuse([(run.prior is None, "--like: this run has no codes to take")])
-    latents, whole = tokenise(run, open_picture(path))
-    return Start(whole.codes[0], latents, torch.zeros(len(latents), dtype=torch.bool, device=run.device), whole)
+    return tokenise(run, open_picture(path))
 
 
 def open_picture(path) -> Image.Image:
-    pixels = read_image(path, None, upright=True)                                        # [3, H, W]
-    refuse([(pixels is None, f"{path} is not there, or is no readable image")])
-    return Image.fromarray(pixels.transpose(1, 2, 0))
+    picture = open_image(path, upright=True)
+    refuse([(picture is None, f"{path} is not there, or is no readable image")])
+    return picture
 
 
 def whole_tokens(white, grid):
@@ -288,15 +271,15 @@ def whole_tokens(white, grid):
     return white.view(grid, side, grid, side).all(3).all(1).flatten()
 
 
-def tokenise(run: Run, picture: Image.Image):
-    """-> latents [L, C] of the centre crop; the crop with its codes and decoded codes, a batch of one."""
-    pixels = np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]       # [1, 3, H, W]
-    x = to_float(pixels).to(run.device)
+@torch.inference_mode()
+def tokenise(run: Run, picture: Image.Image) -> Start:
+    """The codes and latents of the centre crop, the latents being the posterior's means; `keep` keeps no token."""
+    x = to_float(np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]).to(run.device)   # [1, 3, H, W]
     moments = run.kl.encode(x)
-    latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]    # the posterior's mean
-    codes = None if run.vq is None else run.vq.encode(x)
-    coarse = None if run.vq is None else to_uint8(run.vq.decode(codes))
-    return latents, Samples(torch.tensor(pixels, device=run.device), coarse, codes)
+    latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]            # [L, C]
+    codes = run.vq and run.vq.encode(x)                                                                  # [1, codes]
+    shown = Samples(to_uint8(x), run.vq and to_uint8(run.vq.decode(codes)), codes)
+    return Start(run.vq and codes[0], latents, torch.zeros(len(latents), dtype=torch.bool, device=run.device), shown)
 
 
 # -------------------------------------------------------------------------------------------------- grids and folders
@@ -304,17 +287,16 @@ def tokenise(run: Run, picture: Image.Image):
 CHUNK = "d2c"  # the name of the text chunk of our PNG files
 
 
-def grid(images: torch.Tensor, columns: int, classes: int = 1, first: torch.Tensor | None = None) -> Image.Image:
-    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images; `first` [3, H, W] begins each row.
+def grid(images: torch.Tensor, columns: int, classes: int = 1, first=()) -> Image.Image:
+    """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images. The images `first` begin each row.
 
-    One class fills row after row. Of several, image i is of class i % classes, and each class has a row.
+    One class fills row after row. If there are several, image i is of class i % classes, and each class has a row.
     """
     rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
-    rows = [[*row] if first is None else [first, *row] for row in rows]
     H, W = images.shape[2:]
-    out = np.full((len(rows) * (H + 2) - 2, max(map(len, rows)) * (W + 2) - 2, 3), 255, np.uint8)
+    out = np.full((len(rows) * (H + 2) - 2, (len(first) + max(map(len, rows))) * (W + 2) - 2, 3), 255, np.uint8)
     for r, row in enumerate(rows):
-        for c, image in enumerate(row):
+        for c, image in enumerate([*first, *row]):
             out[r * (H + 2):, c * (W + 2):][:H, :W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
@@ -327,22 +309,13 @@ def save_picture(image: Image.Image, path: str, facts: dict | None = None):
     write_file(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
 
-def pack(paths, ids, out):
-    """Writes PNG files as one .npz: arr_0 uint8 [N, H, W, 3], arr_1 class ids [N]."""
-    try:
-        pictures = np.stack([np.asarray(Image.open(p)) for p in paths])
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"a picture beside {out} cannot be read: {error}; remove it and run again.") from None
-    write_file(out, lambda f: np.savez(f, arr_0=pictures, arr_1=np.array(ids)))
-
-
 def picture_name(run: Run, labels: list, i: int) -> str:
     """Picture i is of class labels[i % n], so that any number of pictures is balanced."""
     return os.path.join(str(run.classes[labels[i % len(labels)]][0]), f"{i:06d}.png")
 
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
-    """All that pictures depend on; labels are indices of classes."""
+    """Everything that decides how pictures look. labels: indices of classes."""
     return {"sampling": asdict(s), "seed": seed, "classes": labels, "weights": checksums(run),
             "start": start and checkpoints.checksum({**vars(start), "shown": None})}
 
@@ -353,32 +326,21 @@ def checksums(run: Run) -> dict:  # of the weights that draw: the EMA where ther
 
 
 def read_settings(folder) -> dict | None:
-    """What `same_settings` wrote about the pictures in a folder, if anything."""
-    path = os.path.join(folder, "settings.json")
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path) as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot use {path}: {error}; choose another folder.") from None
+    """What settings.json says about the pictures in a folder, if there is one."""
+    settings = read_json(path := os.path.join(folder, "settings.json"))
+    refuse([(not isinstance(settings, dict | None), f"{path} is not a file of sample.py; choose another folder")])
+    return settings
 
 
-def same_settings(out, settings, num, world):
-    """Writes settings.json into the folder of pictures; refuses one whose pictures were made with other settings.
-
-    `num`, the most pictures asked for so far, lets fid.py see that some are missing.
-    """
-    if world.rank == 0:
-        there = read_settings(out) or {}
-        strangers = not there and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png"))
-        changed = [k for k in settings if there and there.get(k) != settings[k]]
-        refuse([(strangers, f"{out} holds pictures that sample.py knows nothing of; choose another --out"),
-                (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
-        sweep(out)
-        content = json.dumps({**settings, "num": max(num, there.get("num", 0))}, indent=1)
-        write_file(os.path.join(out, "settings.json"), lambda f: f.write(content.encode()))
-    barrier()
+def same_settings(out, settings, num):
+    """Writes settings.json into the folder `out`; refuses a folder whose pictures were made with other settings."""
+    there = read_settings(out) or {}
+    strangers = not there and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png"))
+    changed = [k for k in settings if there and there.get(k) != settings[k]]
+    refuse([(strangers, f"{out} holds pictures that sample.py knows nothing of; choose another --out"),
+            (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
+    num = max(num, there.get("num", 0))  # fid.py checks that the folder holds so many pictures
+    write_json(os.path.join(out, "settings.json"), {**settings, "num": num})
 
 
 def about(path: str):
@@ -395,20 +357,6 @@ def about(path: str):
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-@dataclass
-class Job:
-    """What one command draws."""
-    args: argparse.Namespace
-    sampling: Sampling
-    labels: list         # indices of the classes; picture i is of labels[i % len(labels)]
-    num: int
-    start: Start | None
-
-    def view(self, samples: Samples) -> torch.Tensor:
-        """What is saved of samples: the pictures [B, 3, H, W], with --show-coarse beside their decoded codes."""
-        return torch.cat([samples.coarse, samples.images], dim=3) if self.args.show_coarse else samples.images
-
 
 def add_sampling_flags(parser):
     for f in fields(Sampling):
@@ -446,73 +394,85 @@ def parse():
     return parser.parse_args()
 
 
-def is_grid(out: str) -> bool:
-    return out.lower().endswith(".png")
+def prepare(args, run: Run, world):
+    """Checks everything that can be wrong with a command before anything is drawn, and completes args:
 
-
-def make_job(args, run: Run, world) -> Job:
-    """Checks all that can be wrong with a command before anything is drawn."""
+    grid, num, sampling, start (or None), labels (indices of classes; picture i is of class labels[i % len(labels)]).
+    """
+    args.grid = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
-            (args.frames and not (args.frames.lower().endswith(".gif") and is_grid(args.out)),
+            (args.frames and not (args.frames.lower().endswith(".gif") and args.grid),
              "--frames takes FILE.gif and shows a grid, so --out must be FILE.png"),
             (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
              f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
             (args.show_coarse and run.prior is None, "--show-coarse: this run has no codes to show"),
             (args.plain and (args.graphs or args.compile), "--plain excludes --graphs and --compile"),
             (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
-    s, labels, start = choose_sampling(args, run), find_classes(run.classes, args.class_), None
-    num = args.num or (16 if len(labels) == 1 else 8 * len(labels))
-    refuse([(is_grid(args.out) and (world.size > 1 or num > 256),
+    args.sampling, args.labels = choose_sampling(args, run), find_classes(run.classes, args.class_)
+    args.num = args.num or (16 if len(args.labels) == 1 else 8 * len(args.labels))
+    refuse([(args.grid and (world.size > 1 or args.num > 256),
              "for more than 256 pictures or several ranks give a folder: --out DIR")])
-    if args.edit or args.like:
-        start = start_edit(run, args.edit, args.keep) if args.edit else start_like(run, args.like)
-        free = int((~start.keep).sum())
-        if free < s.iterations:
+    args.start = start_like(run, args.like) if args.like else None
+    if args.edit:
+        args.start = start_edit(run, args.edit, args.keep)
+        if (free := int((~args.start.keep).sum())) < args.sampling.iterations:
             print0(f"note: the mask leaves {free} tokens to draw, so --iterations is {free}")
-            s = replace(s, iterations=free)
-    return Job(args, s, labels, num, start)
+            args.sampling = replace(args.sampling, iterations=free)
 
 
-def draw(run: Run, job: Job, numbers, world):
+def draw(run: Run, args, numbers, world):
     """Draws the pictures of these numbers -> yields, batch by batch, their numbers and the Samples."""
-    args = job.args
     with tqdm(total=len(numbers), bar_format=BAR, disable=world.rank > 0) as bar:
         for batch in (numbers[a:a + args.batch] for a in range(0, len(numbers), args.batch)):
-            classes = torch.tensor([job.labels[i % len(job.labels)] for i in batch])
+            classes = torch.tensor([args.labels[i % len(args.labels)] for i in batch])
             advance = lambda share: bar.update(min(share * len(batch), bar.total - bar.n))
-            yield batch, generate(run, classes, args.seed, batch, job.sampling, advance, job.start,
+            yield batch, generate(run, classes, args.seed, batch, args.sampling, advance, args.start,
                                   frames=bool(args.frames), plain=args.plain)
 
 
-def write_grid(run: Run, job: Job, facts: dict, origin: dict, world):
+def view(args, samples: Samples) -> Samples:
+    """With --show-coarse the images stand beside their decoded codes."""
+    return replace(samples, images=torch.cat([samples.coarse, samples.images], 3)) if args.show_coarse else samples
+
+
+def write_grid(run: Run, args, facts: dict, origin: dict, world):
     """--out FILE.png, and --frames FILE.gif: one picture each; a row begins with the picture that was edited."""
-    samples, n = [s for _, s in draw(run, job, range(job.num), world)], len(job.labels)
-    columns = math.ceil(job.num / int(job.num**0.5))  # a single class fills nearly a square
-    first = job.start and job.view(job.start.shown)[0]
-    save_picture(grid(torch.cat([job.view(s) for s in samples]), columns, n, first), job.args.out, {**facts, **origin})
-    if job.args.frames:
-        first = job.start and job.start.shown.images[0]
-        film = [grid(torch.cat(moment), columns, n, first) for moment in zip(*(s.frames for s in samples))]
+    samples = [s for _, s in draw(run, args, range(args.num), world)]
+    layout = math.ceil(args.num / int(args.num**0.5)), len(args.labels)  # a single class fills nearly a square
+    first = view(args, args.start.shown).images if args.start else ()
+    images = torch.cat([view(args, s).images for s in samples])
+    save_picture(grid(images, *layout, first), args.out, {**facts, **origin})
+    if args.frames:
+        first = args.start.shown.images if args.start else ()
+        film = [grid(torch.cat(moment), *layout, first) for moment in zip(*(s.frames for s in samples))]
         options = dict(save_all=True, append_images=film[1:], loop=0, duration=[120] * (len(film) - 1) + [2000])  # ms
-        write_file(job.args.frames, lambda f: film[0].save(f, "GIF", **options))
+        write_file(args.frames, lambda f: film[0].save(f, "GIF", **options))
 
 
-def write_folder(run: Run, job: Job, facts: dict, origin: dict, world):
-    """--out DIR: the pictures of this rank that DIR lacks. --out FILE.npz: then all of them as one file."""
-    folder = job.args.out.removesuffix(".npz")
-    same_settings(folder, facts, job.num, world)
-    names = [picture_name(run, job.labels, i) for i in range(job.num)]
+def write_folder(run: Run, args, facts: dict, origin: dict, world):
+    """--out DIR: this rank's pictures that DIR lacks. --out FILE.npz: then arr_0 [N, H, W, 3] and arr_1, class ids."""
+    folder = args.out.removesuffix(".npz")
+    if world.rank == 0:
+        same_settings(folder, facts, args.num)
+        sweep(folder)
+    barrier()
+    names = [picture_name(run, args.labels, i) for i in range(args.num)]
     paths = [os.path.join(folder, name) for name in names]
-    missing = [i for i in range(world.rank, job.num, world.size) if not os.path.exists(paths[i])]
-    for numbers, samples in draw(run, job, missing, world):
-        for i, picture in zip(numbers, to_pil(job.view(samples))):
+    missing = [i for i in range(world.rank, args.num, world.size) if not os.path.exists(paths[i])]
+    for numbers, samples in draw(run, args, missing, world):
+        for i, picture in zip(numbers, view(args, samples).pil()):
             save_picture(picture, paths[i], {**facts, **origin, "file": names[i]})
     barrier()
-    if folder != job.args.out and world.rank == 0:
-        pack(paths, [int(os.path.dirname(name)) for name in names], job.args.out)
+    if folder != args.out and world.rank == 0:
+        try:
+            pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"a picture in {folder} cannot be read: {error}; remove it and run again.") from None
+        ids = np.array([int(os.path.dirname(name)) for name in names])
+        write_file(args.out, lambda f: np.savez(f, arr_0=pictures, arr_1=ids))
 
 
 def main():
@@ -521,21 +481,21 @@ def main():
         return about(args.about)
     world = setup(args.device)
     run = load_run(args.run or TINY, world.device)
-    job = make_job(args, run, world)
-    print0(f"{job.num} pictures of {len(job.labels)} class{'es' if len(job.labels) > 1 else ''}, seed {args.seed}: "
-           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(job.sampling).items()))
+    prepare(args, run, world)
+    print0(f"{args.num} pictures of {len(args.labels)} class{'es' if len(args.labels) > 1 else ''}, seed {args.seed}: "
+           + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(args.sampling).items()))
     if args.dry_run:
         return
     run.graphs = fast.Graphs() if args.graphs else None
     if args.compile:
         fast.compile_blocks()
     begun = time.time()
-    facts = {**describe(run, job.sampling, args.seed, job.labels, job.start), "coarse": args.show_coarse}
-    origin = {"class": args.class_, "num": job.num, "run": args.run,
+    facts = {**describe(run, args.sampling, args.seed, args.labels, args.start), "coarse": args.show_coarse}
+    origin = {"class": args.class_, "num": args.num, "run": args.run,
               "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
-    (write_grid if is_grid(args.out) else write_folder)(run, job, facts, origin, world)
+    (write_grid if args.grid else write_folder)(run, args, facts, origin, world)
     barrier()
-    print0(f"{args.out}: {job.num} pictures, {time.time() - begun:.1f} s")
+    print0(f"{args.out}: {args.num} pictures, {time.time() - begun:.1f} s")
 
 
 if __name__ == "__main__":

@@ -512,6 +512,13 @@ def folder_of_somebodys_pictures(c):
     return *sample(c), "--out", c.new
 
 
+@case("settings.json is not a file of sample.py")
+def folder_with_settings_of_another_program(c):
+    os.makedirs(c.new)
+    open(f"{c.new}/settings.json", "w").write("[1]")
+    return *sample(c), "--out", c.new
+
+
 @case("same folder")
 def weights_onto_themselves(c):
     return "checkpoints", c.toy.run, f"{c.toy.run}/."

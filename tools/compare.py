@@ -172,7 +172,7 @@ def measure_generator(path, tokens, images):
         pictures.append(sample.generate(run, classes[part], indices=part.tolist()).images)
         cpu += time.process_time() - start
     pictures = torch.cat(pictures)
-    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.to_pil(pictures))):
+    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.Samples(pictures, None, None).pil())):
         sample.save_picture(picture, f"{path}/pictures/{run.classes[k][0]}/{i:06}.png")
     return {**dict(zip(LOSSES, losses / len(images))), "cpu": cpu / len(images), "frechet": frechet(pictures, images),
             "steps": run.generator.about["step"]}
