@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import sample
 import train
 from fusion import FUSIONS
 from generator import Generator
-from presets import PRESETS, fix_steps, new_plan, true_share
+from presets import PRESETS, sized, true_share
 from prior import Prior
 from runtime import rng
 
@@ -391,13 +392,16 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
 
 
 def test_hours_shorten_each_stage_to_its_share():
-    plan = new_plan(PRESETS["toy"].recipes, 1600, None, hours=1.0)
+    plan = train.new_plan(PRESETS["toy"].recipes, 1600, None, hours=1.0)
     assert plan["steps"] == [2000, 6000, 12000]
-    fix_steps(plan, 0, seconds=0.1, least=60)   # 200 s where 540 s are allowed: all steps
+    train.fix_steps(plan, [0, 1, 2], seconds=0.1, least=60)   # 200 s where 540 s are allowed: all steps
     assert plan["steps"][0] == 2000 and plan["seconds"][0] == 200
-    fix_steps(plan, 1, seconds=1.0, least=60)   # 3400 s are left for stages 1 and 2
+    without_prior = deepcopy(plan)
+    train.fix_steps(without_prior, [2], seconds=1.0, least=60)
+    assert without_prior["steps"][2] == 3400
+    train.fix_steps(plan, [1, 2], seconds=1.0, least=60)      # 3400 s are left for stages 1 and 2
     assert plan["steps"][1] == int(3400 * 0.35 / 0.85)
-    fix_steps(plan, 2, seconds=100.0, least=60)
+    train.fix_steps(plan, [2], seconds=100.0, least=60)
     assert plan["steps"][2] == 60 and plan["seconds"][2] == 6000
 
 
