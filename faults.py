@@ -55,7 +55,7 @@ def run_script(main):
     except KeyboardInterrupt as stopped:
         number, sentence = stopped.args or (signal.SIGINT, "stopped")
         if is_first():
-            print(sentence, file=sys.stderr)
+            print(f"{signal.Signals(number).name}: {sentence}", file=sys.stderr)
         code = 128 + number
     except SystemExit as end:  # argparse: --help, or a flag that does not exist
         code = end.code

@@ -10,7 +10,7 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
-train-N.pt and train-N.previous.pt, log.jsonl (steps repeated after a stop stand in it twice), and samples in grids/.
+train-N.pt and train-N.previous.pt, log.jsonl (which repeats steps that a stop made necessary again), and grids/.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
@@ -19,7 +19,6 @@ dropout only if the passes hold equally many images). SIGTERM and Ctrl-C end a r
 import argparse
 import math
 import os
-import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -47,15 +46,17 @@ from tokenizers import Decoder, Encoder, latent_scale
 
 # ----------------------------------------------------------------------------------------------------------- stages
 
-class Stage(nn.Module):
-    """What the loop needs to know of a stage. Each stage sets kinds, data and trained, and defines forward.
+KINDS = (("vq", "kl"), ("prior",), ("generator",))  # the models that each stage trains
 
-    kinds     the names of the models that the stage can train
+class Stage(nn.Module):
+    """What the loop needs to know of a stage. Each stage sets data and trained, and defines forward and picture.
+
     data      the images: len(data), data.identity, and data.batch(sample numbers) -> tensors
     trained   ModuleDict of the models that learn: what DDP, the optimizer, the EMA and the files see
     frozen    the models that do not learn: a plain dict, so that none of these see them
     about     what the weight files say besides config and weights
     forward   (step, rows, *tensors from data) -> the loss of these rows, a slice of this step's global batch
+    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W], or None
     """
 
     def __init__(self, args, preset, world):
@@ -75,9 +76,6 @@ class Stage(nn.Module):
     def before_save(self, models):
         """Completes the EMA models before their files are written."""
 
-    def picture(self, models):
-        """-> images for a grid, uint8 [B, 3, H, W], or None."""
-
     def rng(self, step):
         return rng(self.device, f"stage {self.args.stage}", self.args.seed, step)
 
@@ -91,11 +89,10 @@ class Stage(nn.Module):
         warmup = recipe.warmup * images / args.batch * shorter
         return (args.lr or recipe.lr) * args.batch / 256, warmup, recipe.decay * args.steps
 
-    def read_cache(self):
-        """For stages 1 and 2: opens the cache and loads the tokenizers that made it."""
+    def read_cache(self):  # for stages 1 and 2: the cache, and the tokenizers that made it
         self.data = Cache(self.args.data, self.args.seed, self.recipe.balanced)
         self.classes, self.grid, self.codes = self.data.classes, self.data.header["grid"], self.data.header["codebook"]
-        for kind in Tokenizers.kinds:
+        for kind in KINDS[0]:
             self.frozen[kind] = checkpoints.load_model(self.file(kind), kind, self.device)
             self.data.check_tokenizer(kind, self.frozen[kind], self.file(kind))
         self.about |= {"classes": self.classes, "tokenizers": {kind: self.data.header[kind] for kind in self.frozen}}
@@ -104,13 +101,12 @@ class Stage(nn.Module):
 
 class Tokenizers(Stage):
     """Stage 0: both tokenizers in one loop. They share the images and nothing else."""
-    kinds = ("vq", "kl")
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
         self.data, self.about["image_size"] = Folder(args.data, preset.image_size, args.seed), preset.image_size
         self.trained = nn.ModuleDict({kind: checkpoints.MODULES[kind](getattr(preset, kind))
-                                      for kind in self.kinds if args.only in (None, kind)})
+                                      for kind in KINDS[0] if args.only in (None, kind)})
 
     def start(self):
         number = 2000 * 64**2 // self.preset.image_size**2  # of images, which then fill as much memory at any size
@@ -142,14 +138,12 @@ class Tokenizers(Stage):
     def memory(self):  # how often each code was chosen since the last restart
         return {"usage": self.trained["vq"].usage} if "vq" in self.trained else {}
 
-    def before_save(self, models):
-        """Measures the scale of KL's latents."""
+    def before_save(self, models):  # measures the scale of KL's latents
         if "kl" in models:
             images, = self.data.batch(range(min(1000, len(self.data))))
             models["kl"].set_scale(latent_scale(models["kl"].encode(x.to(self.device)) for x in images.split(50)))
 
-    def picture(self, models):
-        """Rows: images, decoded codes, decoded latents."""
+    def picture(self, models):  # rows: images, decoded codes, decoded latents
         rows = [self.data.batch(range(8))[0].to(self.device)]
         if "vq" in models:
             rows.append(models["vq"].decode(models["vq"].encode(rows[0])))
@@ -161,7 +155,6 @@ class Tokenizers(Stage):
 
 class PriorStage(Stage):
     """Stage 1: the cross-entropy of the codes."""
-    kinds = ("prior",)
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
@@ -183,7 +176,6 @@ class PriorStage(Stage):
 
 class GeneratorStage(Stage):
     """Stage 2: the diffusion loss of hidden latents, given class and codes."""
-    kinds = ("generator",)
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
@@ -210,8 +202,7 @@ class GeneratorStage(Stage):
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
         self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.grid**2))
-        if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
-            kl.set_scale(self.data.scale)
+        kl.set_scale(kl.config.scale or self.data.scale)  # a file that does not know its scale: data.py has measured it
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
 
     def forward(self, step, rows, codes, moments, classes):
@@ -250,9 +241,9 @@ def parse_args():
     add("--run", help="run directory (default: runs/PRESET)")
     add("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
     add("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
-    add("--condition", help="stage 2, where the codes come from (default: the preset's): ground_truth; resampled, each "
-        "code drawn by the prior given the true codes before it; mixed:0.7, each code true with this probability, else "
-        "resampled; mixed:1-0.3, a probability that moves over the training")
+    add("--condition", help="stage 2, source of the codes (default: the preset's): ground_truth; resampled: the prior "
+        "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
+        "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
     add("--hours", type=float, help="stage all: shorten the stages to about this time in all, without the cache")
     add("--batch", type=int, help="global batch (default: the preset's)")
@@ -261,33 +252,29 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the blocks of the models")
-    add("--recompute", action="store_true", help="compute the activations of the Transformer blocks again in the "
-        "backward pass instead of keeping them (gradient checkpointing): less memory, more time")
+    add("--recompute", action="store_true", help="gradient checkpointing of the blocks: less memory, more time")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-every", type=int, default=500, help="steps")
     add("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
-    add("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among the ranks "
-        "(FSDP2), for models that fit on one GPU but whose training does not")
+    add("--shard", action="store_true", help="divide weights, EMA and optimizer among the ranks (FSDP2): less memory")
     add("--fresh", action="store_true", help="start over; what the stage has made (all: RUN) is moved to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
-    all_stages, on_images = args.stage == "all", args.stage in ("0", "all")
-    counts = args.batch, args.accumulate, args.log_every, args.save_every, args.steps
-    refuse([(args.data is None and on_images, f"stage {args.stage} needs an image folder: --data DIR"),
-            (args.size is not None and not on_images, "--size is for stages 0 and all; a cache has its size"),
+    all_stages, folder = args.stage == "all", args.stage in ("0", "all")
+    bad = lambda x: x is not None and not 0 < x < math.inf
+    refuse([(args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
+            (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != "0", "--only vq or kl is for stage 0"),
             ((args.fusion or args.condition) and args.stage in "01", "--fusion and --condition are for stage 2"),
-            (args.shard and (on_images or "LOCAL_RANK" not in os.environ),
-             "--shard is for stages 1 and 2 under torchrun"),
+            (args.shard and (folder or "LOCAL_RANK" not in os.environ), "--shard is for stages 1 and 2 under torchrun"),
             ((args.steps or args.lr) and all_stages, "--steps and --lr are for a single stage; see --hours"),
-            (args.hours is not None and not (all_stages and 0 < args.hours < math.inf),
-             "--hours H, above 0, is for stage all"),
+            (bad(args.hours) or args.hours and not all_stages, "--hours H, above 0, is for stage all"),
             (args.hours and "-" in (args.condition or ""), "--hours cannot be combined with a --condition that moves"),
-            (any(n is not None and n < 1 for n in counts),
+            (any(map(bad, (args.batch, args.accumulate, args.steps, args.log_every, args.save_every))),
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
             (args.grid_every < 0, "--grid-every must be at least 0"),
-            (args.lr is not None and not 0 < args.lr < math.inf, "--lr must be above 0")])
+            (bad(args.lr), "--lr must be above 0")])
     args.stage = args.stage if all_stages else int(args.stage)
     args.run, args.data = args.run or os.path.join("runs", args.preset), args.data or os.path.join("data", "cache")
     return args
@@ -305,8 +292,6 @@ def build(args, world) -> Stage:
     args.batch = args.batch or recipe.batch
     micro, args.accumulate = divide(args.batch, world, args.accumulate, recipe.micro)
     agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
-    if not args.dry_run:
-        make_folder(args.run)
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, preset, world)
     args.steps, stage.micro = args.steps or recipe.steps(len(stage.data), args.batch), micro
@@ -447,15 +432,13 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             if time.time() > told:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 told = math.inf
-            # after a step that was not finite, first see whether the training recovers
-            save_now = done == args.steps or stop or save_now and not bad_in_row
+            save_now = done == args.steps or stop or save_now and not bad_in_row  # first see whether it recovers
         before = time.time()
         if save_now:
             save(stage, ema, optimizer, watch, done)
         if stop:
             bar.close(), barrier()  # rank 0 has saved
-            raise Stopped(stop, f"{signal.Signals(stop).name}: stopped after step {done:,}, which is saved; the same "
-                          "command goes on from there")
+            raise Stopped(stop, f"stopped after step {done:,}, which is saved; the same command goes on from there")
         if args.grid_every and (done % args.grid_every == 0 or done == args.steps):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
@@ -468,6 +451,7 @@ def train(args, world, replan=None):
     stage = build(args, world)
     if args.dry_run:
         return
+    make_folder(args.run)
     *learner, first = resume(stage)
     if first == 0:
         print0(f"python tools/report.py {args.run} --watch    # this training as a page: {args.run}/report.html")
@@ -480,18 +464,17 @@ def train(args, world, replan=None):
 SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training of weights/tiny
 
 
-def new_plan(recipes: tuple, images: int, batch: int | None, hours: float | None) -> dict:
-    """Hours of all stages or None; steps of each stage; their seconds, if measured; the stages that have begun."""
-    steps = [recipe.steps(images, batch or recipe.batch) for recipe in recipes]
-    return {"hours": hours, "steps": steps, "seconds": [None] * len(steps), "begun": []}
+def fix_steps(path: str, plan: dict, stages: list, seconds: float, least: int) -> int:
+    """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-
-def fix_steps(plan: dict, stages: list, seconds: float, least: int):
-    """Shortens the first of the stages that are left, a step of which takes `seconds`, to its share of their hours."""
+    seconds: of a step. least: steps. A later start will end where this one would. -> steps of this stage.
+    """
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
     fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / seconds)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
     plan["seconds"][stage] = steps * seconds
+    write_json(path, plan)
+    return steps
 
 
 def train_all(args, world):
@@ -501,47 +484,40 @@ def train_all(args, world):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
     args.fresh, plan = False, read_json(inside("plan.json"))
-    plan = plan or new_plan(preset.recipes, len(find_images(args.data)[0]), args.batch, args.hours)
+    if plan is None:  # hours in all or None; of each stage its steps, and its seconds once they are measured
+        images = len(find_images(args.data)[0])
+        steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
+        plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
     agree(plan, "the plan")
     refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh")])
     args.hours = plan["hours"]
     stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]
-    print0("steps: " + ", ".join(f"{plan['steps'][n]:,} of {' and '.join(STAGES[n].kinds)}" for n in stages)
+    print0("steps: " + ", ".join(f"{plan['steps'][n]:,} of {' and '.join(KINDS[n])}" for n in stages)
            + f"; fewer if {args.hours} hours are too short" * bool(args.hours))
     if args.dry_run:
         return
     for i, n in enumerate(stages):
-        mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n]})
-        mine.data = inside("cache") if n else args.data
+        source = inside("cache") if n else args.data
+        mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n], "data": source})
         if i == 1:
-            tokenise(args.data, args.run, mine.data, world)
-        missing = [kind for kind in STAGES[n].kinds if not os.path.exists(inside(f"{kind}.pt"))]
-        if len(missing) < len(STAGES[n].kinds) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
+            tokenise(args.data, args.run, source, world)
+        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
+        if len(missing) < len(KINDS[n]) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
             refuse([(missing, f"{args.run} has no {''.join(missing)}.pt; train it first, with --stage 0 --only")])
-            print0(f"stage {n} is skipped: {args.run} has the {' and '.join(STAGES[n].kinds)} of another training")
+            print0(f"stage {n} is skipped: {args.run} has the {' and '.join(KINDS[n])} of another training")
             continue
         plan["begun"] = sorted({*plan["begun"], n})
         write_json(inside("plan.json"), plan)
-
-        def replan(seconds, done):
-            fix_steps(plan, stages[i:], seconds, done)
-            write_json(inside("plan.json"), plan)  # a later start then ends where this one would
-            return plan["steps"][n]
-
-        train(mine, world, replan if args.hours and plan["seconds"][n] is None else None)
-    show_classes(args.run, inside("samples.png"), world)
-
-
-def show_classes(path, picture, world):
-    """Draws pictures of every class with the run `path` and says how to draw more."""
-    if world.rank == 0 and not os.path.exists(picture):
-        run = sample.load_run(path, world.device)
+        measure = args.hours and plan["seconds"][n] is None
+        train(mine, world, partial(fix_steps, inside("plan.json"), plan, stages[i:]) if measure else None)
+    if world.rank == 0 and not os.path.exists(inside("samples.png")):
+        run = sample.load_run(args.run, world.device)
         each = max(1, min(8, 64 // len(run.classes)))  # pictures of a class; if several, they are a row
         parts = torch.arange(each * len(run.classes)).split(16)
         images = torch.cat([sample.generate(run, i // each, indices=i.tolist()).images for i in parts])
-        sample.save_picture(sample.grid(images, each if each > 1 else math.isqrt(len(images))), picture)
+        sample.save_picture(sample.grid(images, each if each > 1 else math.isqrt(len(images))), inside("samples.png"))
     barrier()
-    print0(f"{picture} shows every class. More: python sample.py --run {path} --class all")
+    print0(f"{inside('samples.png')} shows every class. More: python sample.py --run {args.run} --class all")
 
 
 def main():

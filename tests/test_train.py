@@ -391,18 +391,14 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))
 
 
-def test_hours_shorten_each_stage_to_its_share():
-    plan = train.new_plan(PRESETS["toy"].recipes, 1600, None, hours=1.0)
-    assert plan["steps"] == [2000, 6000, 12000]
-    train.fix_steps(plan, [0, 1, 2], seconds=0.1, least=60)   # 200 s where 540 s are allowed: all steps
-    assert plan["steps"][0] == 2000 and plan["seconds"][0] == 200
-    without_prior = deepcopy(plan)
-    train.fix_steps(without_prior, [2], seconds=1.0, least=60)
-    assert without_prior["steps"][2] == 3400
-    train.fix_steps(plan, [1, 2], seconds=1.0, least=60)      # 3400 s are left for stages 1 and 2
-    assert plan["steps"][1] == int(3400 * 0.35 / 0.85)
-    train.fix_steps(plan, [2], seconds=100.0, least=60)
-    assert plan["steps"][2] == 60 and plan["seconds"][2] == 6000
+def test_hours_shorten_each_stage_to_its_share(tmp_path):
+    path, plan = str(tmp_path / "plan.json"), {"hours": 1.0, "steps": [2000, 6000, 12000], "seconds": [None] * 3}
+    assert train.fix_steps(path, plan, [0, 1, 2], seconds=0.1, least=60) == 2000  # 200 s where 540 s are allowed
+    assert plan["seconds"][0] == 200
+    assert train.fix_steps(path, deepcopy(plan), [2], seconds=1.0, least=60) == 3400  # no prior: all that is left
+    assert train.fix_steps(path, plan, [1, 2], seconds=1.0, least=60) == int(3400 * 0.35 / 0.85)
+    assert train.fix_steps(path, plan, [2], seconds=100.0, least=60) == 60 and plan["seconds"][2] == 6000
+    assert json.loads(Path(path).read_text()) == plan and plan["steps"] == [2000, 1400, 60]
 
 
 def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script, monkeypatch):
