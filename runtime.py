@@ -191,7 +191,9 @@ def is_alive(pid: int) -> bool:
 
 
 def log(path: str, **record):
-    """Appends one JSON line to `path`. JSON has no NaN and no infinity, so such numbers become null."""
+    """Appends one JSON line to `path`, on the first rank. JSON has no NaN and no infinity: such numbers become null."""
+    if not is_first():
+        return
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         with open(path, "a") as f:

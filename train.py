@@ -56,7 +56,7 @@ class Stage(nn.Module):
     frozen    the models that do not learn: a plain dict, so that none of these see them
     about     what the weight files say besides config and weights
     forward   (step, rows, *tensors from data) -> the loss of these rows, a slice of this step's global batch
-    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W], or None
+    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W]
     """
 
     def __init__(self, args, preset, world):
@@ -188,9 +188,9 @@ class GeneratorStage(Stage):
             wanted = {"classes": names, "vq": self.data.header["vq"], "grid": self.grid, "vocab": self.codes}
             checkpoints.refuse_other(path, model, wanted)
         elif FUSIONS[fusion].reads_codes:
-            refuse([(min(self.true_share) < 1,
-                     f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
+            refuse([(min(self.true_share) < 1, "no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
+            args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
         config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.merge, code_grid=self.grid,
                          classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
@@ -216,17 +216,14 @@ class GeneratorStage(Stage):
         return fast.loss(model, latents, classes, codes, draws)
 
     def picture(self, models):
-        if models["generator"].fusion.reads_codes and "prior" not in self.frozen:
-            return None  # no prior that could draw codes
         run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
                          self.classes, self.sampling, self.device)
         return sample.generate(run, self.shown).images
 
 
 STAGES = (Tokenizers, PriorStage, GeneratorStage)
-BLOCKS = (generator.Block, prior.Block)          # --recompute forgets their activations
-COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)  # --compile compiles these
-MINUTE = 60.0                                    # when a stage says how long it will take
+BLOCKS = (generator.Block, prior.Block)
+MINUTE = 60.0  # when a stage says how long it will take
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -287,19 +284,17 @@ def build(args, world) -> Stage:
     if args.condition == "teacher_forced":
         print0("note: --condition teacher_forced is now called resampled")
         args.condition = "resampled"
-    preset = sized(PRESETS[args.preset], args.size)
-    recipe = preset.recipes[args.stage]
-    args.batch = args.batch or recipe.batch
-    micro, args.accumulate = divide(args.batch, world, args.accumulate, recipe.micro)
     agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
     torch.manual_seed(args.seed)
-    stage = STAGES[args.stage](args, preset, world)
-    args.steps, stage.micro = args.steps or recipe.steps(len(stage.data), args.batch), micro
+    stage = STAGES[args.stage](args, sized(PRESETS[args.preset], args.size), world)
+    args.batch = args.batch or stage.recipe.batch
+    args.steps = args.steps or stage.recipe.steps(len(stage.data), args.batch)
+    stage.micro, args.accumulate = divide(args.batch, world, args.accumulate, stage.recipe.micro)
     lr, warmup, _ = stage.pace()
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
-           f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
-           f"{world.size} ranks x {args.accumulate} passes, learning rate {lr:.2e} after {warmup:.0f} steps, "
-           f"on {world.device}")
+           f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {stage.micro} images x "
+           f"{world.size} ranks x {args.accumulate} passes, learning rate {lr:.2e} after {warmup:.0f} steps, on "
+           f"{world.device}")
     return stage
 
 
@@ -337,7 +332,7 @@ def resume(stage):
     if state is not None:
         ema.load_state_dict(state["ema"])
     for module in stage.trained.modules():  # in place: parameters keep their names, and the EMA stays as it is
-        if args.compile and isinstance(module, COMPILED):
+        if args.compile and isinstance(module, (Encoder, Decoder, *BLOCKS, HeadNet)):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
@@ -379,7 +374,7 @@ def show(stage, ema, step):
         except UserError as error:  # raw weights of the first steps may give values that are no picture
             print0(f"no picture at step {step}: {error}")
     stage.trained.train()
-    if pictures := [p for p in pictures if p is not None]:
+    if pictures:
         path = os.path.join(stage.args.run, "grids", f"stage{stage.args.stage}-{step:07d}.png")
         sample.save_picture(sample.grid(torch.cat(pictures), 8), path)
 
@@ -388,10 +383,10 @@ def show(stage, ema, step):
 
 def loop(stage, ema, loss_of, optimizer, watch, first, replan):
     """All steps of a stage, from step `first` to the last. replan: as in `train`."""
-    args, device, rank = stage.args, stage.device, stage.world.rank
+    args, device = stage.args, stage.device
     data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
     done, logged, clock, notes, told = first, first, time.time(), {}, time.time() + MINUTE
-    bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps")
+    bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", disable=stage.world.rank > 0)
     stage.trained.train()
     while done < args.steps:
         step, done = done, done + 1
@@ -421,9 +416,8 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             loss, skipped, bad_in_row = watch.report()
             speed = (done - logged) * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-            if rank == 0:
-                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
-                    grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
+            log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
+                grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             logged, clock, notes = done, time.time(), {}
             if replan and done >= min(3 * args.log_every, args.steps):
                 seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
