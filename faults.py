@@ -8,7 +8,6 @@
 
 Every script ends with `run_script(main)`; train.py uses `Watch`. docs/reliability.md lists what was tried.
 """
-import math
 import os
 import signal
 import sys
@@ -56,14 +55,14 @@ def run_script(main):
     except KeyboardInterrupt as stopped:
         number, sentence = stopped.args or (signal.SIGINT, "stopped")
         if is_first():
-            print(sentence, file=sys.stderr)
+            print(f"{signal.Signals(number).name}: {sentence}", file=sys.stderr)
         code = 128 + number
     except SystemExit as end:  # argparse: --help, or a flag that does not exist
         code = end.code
     except Exception as error:
         if pulse is None:
             raise
-        end_with(error, pulse)
+        pulse.end_with(error)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -75,24 +74,6 @@ def run_script(main):
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
-
-
-def end_with(error: Exception, pulse: "Pulse"):
-    """Reports an error on one of several ranks: either this rank has a bug, or another rank has died."""
-    if lost_connection(error):
-        # The thread of `Pulse` finds out which rank has died, tells the user and ends this process. If torchrun notices
-        # first, it names the dead rank itself and sends SIGTERM.
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
-        pulse.thread.join(2 * SILENCE)
-    if pulse.end_all():
-        traceback.print_exception(error)
-        print(f"rank {pulse.rank} ends with the error above, and all other ranks end with it", file=sys.stderr)
-
-
-def lost_connection(error: Exception) -> bool:
-    """Is this what a collective raises when another rank is gone?"""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection"))
 
 
 # ----------------------------------------------------------------------------------------------- ranks that die
@@ -135,6 +116,18 @@ class Pulse:
     def tell(self, sentence):
         print(f"{sentence}. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
 
+    def end_with(self, error: Exception):
+        """Reports an error on this rank: either this rank has a bug, or another rank has died."""
+        signs = ("Dist", "gloo", "Gloo", "NCCL", "Connection")  # in what a collective raises when another rank is gone
+        if isinstance(error, RuntimeError) and any(sign in repr(error) for sign in signs):
+            # The thread finds out which rank has died, tells the user and ends this process. If torchrun notices first,
+            # it names the dead rank itself and sends SIGTERM.
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
+            self.thread.join(2 * SILENCE)
+        if self.end_all():
+            traceback.print_exception(error)
+            print(f"rank {self.rank} ends with the error above, and all other ranks end with it", file=sys.stderr)
+
     def end_all(self) -> bool:
         """Ends all ranks within about a second. True for the first rank that calls it, which tells the user why."""
         return self.notes.add("end", 1) == 1
@@ -154,8 +147,8 @@ def meet(store, rank: int, ranks: int) -> str:
     Each start therefore puts a name, chosen by rank 0, before its keys. But where do the other ranks read the name?
 
     The solution: each rank asks with a word that it has just invented, and rank 0 answers to this word. No dead rank
-    can have written that answer. The question that rank 0 reads may be that of a dead rank, still in the store. Rank 0
-    answers it too, and looks again until the living rank has confirmed the name.
+    can have written that answer. Rank 0 may read the question of a dead rank, which is still in the store. It answers
+    that question too, and looks again until the living rank has confirmed the name.
     """
     if rank > 0:
         word = uuid.uuid4().hex
@@ -199,12 +192,11 @@ class Watch:
     def __init__(self, world: World, skipped=0):
         """skipped: the number of steps that were not finite before this start, from the training state."""
         zero = lambda: torch.zeros((), device=world.device)
-        self.loss_sum, self.steps = zero(), 0                  # since the last report; the sum is of finite losses
-        self.skipped, self.reported = zero() + skipped, skipped  # steps that were not finite: now; at the last report
-        self.in_row, self.longest = zero(), zero()             # of those: the last ones in a row; the longest row
-        self.norm = zero()                                     # of the last step's gradient
-        self.signal = torch.zeros((), dtype=torch.long)        # the number of the signal that this rank has received
-        self.answer, self.work = self.signal.clone(), None     # the largest number of any rank, and its exchange
+        self.loss_sum, self.finite = zero(), zero()         # of the finite steps since the last report; their number
+        self.skipped = zero() + skipped                     # number of steps that were not finite
+        self.in_row, self.longest = zero(), zero()          # of those: the last ones in a row; the longest row
+        self.signal = torch.zeros((), dtype=torch.long)     # the number of the signal that this rank has received
+        self.answer, self.work = self.signal.clone(), None  # the largest number of any rank, and its exchange
         self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -225,12 +217,12 @@ class Watch:
     def bad(self, loss, norms) -> torch.Tensor:
         """Counts a step. -> 1.0, on the device, if the loss or a gradient norm of any rank is not finite, else 0.0."""
         norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of sharded gradients
-        self.norm = sum(norms)
+        self.norm = sum(norms)  # for the log
         bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
         if self.hosts:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         self.loss_sum += torch.where(bad > 0, 0.0, loss)
-        self.steps += 1
+        self.finite += 1 - bad
         self.skipped += bad
         self.in_row = (self.in_row + bad) * bad
         self.longest = torch.maximum(self.longest, self.in_row)
@@ -244,11 +236,9 @@ class Watch:
         if self.longest >= self.patience:
             raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
                             "checkpoint is from before; go on from it with a lower --lr.")
-        skipped = int(self.skipped)
-        finite = self.steps - (skipped - self.reported)
-        mean = float(all_mean(self.loss_sum)) / finite if finite else math.nan
-        self.loss_sum, self.steps, self.reported = torch.zeros_like(self.loss_sum), 0, skipped
-        return mean, skipped, int(self.in_row)
+        mean = float(all_mean(self.loss_sum) / self.finite)  # 0 / 0 is nan
+        self.loss_sum, self.finite = torch.zeros_like(self.loss_sum), torch.zeros_like(self.finite)
+        return mean, int(self.skipped), int(self.in_row)
 
     def asked_to_stop(self) -> int:
         """The number of the signal that some rank had received one step ago, or 0. A single process answers at once."""

@@ -76,22 +76,19 @@ def true_share(condition: str) -> tuple:
     return shares
 
 
-SHARES = (0.15, 0.35, 0.5)  # of the stages in `--hours`; about as in the training of weights/tiny
+def sized(preset: Preset, size: int | None) -> Preset:
+    """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
-
-def new_plan(recipes: tuple, images: int, batch: int | None, hours: float | None) -> dict:
-    """For `train.py --stage all`: hours in all or None, steps of each stage, their seconds (None: not measured yet),
-    and the stages that have begun."""
-    steps = [recipe.steps(images, batch or recipe.batch) for recipe in recipes]
-    return {"hours": hours, "steps": steps, "seconds": [None] * len(steps), "begun": []}
-
-
-def fix_steps(plan: dict, stage: int, seconds: float, least: int):
-    """Shortens a stage, a step of which takes `seconds`, to its share of the hours that earlier stages leave."""
-    left = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"])
-    fitting = int(left * SHARES[stage] / sum(SHARES[stage:]) / seconds)
-    plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
-    plan["seconds"][stage] = steps * seconds
+    At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, so
+    that a code stands for 4 times the pixels. train.py finds the grids of prior and generator in the cache.
+    """
+    size = preset.image_size if size is None else size
+    possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
+    nearest = min(possible, key=lambda pixels: abs(pixels - size))
+    refuse([(size != nearest, f"--size {size} is not possible with this preset; take the nearest, --size {nearest}")])
+    preset, deeper = replace(preset, image_size=size), size == 4 * possible[0]
+    deepen = lambda c: replace(c, ch_mult=(*c.ch_mult, c.ch_mult[-1]), z_channels=2 * c.z_channels)
+    return replace(preset, vq=deepen(preset.vq), kl=deepen(preset.kl)) if deeper else preset
 
 
 # MAR's and LlamaGen's batches, because D2C gives none. Sizes of D2C Table 1 and MAR Table 3: width 768 with 12+12

@@ -1,8 +1,7 @@
 """Where the code runs: device, ranks, random numbers, files, and the one kind of error that a user sees.
 
 Every program calls `setup()` first. Under plain `python` the program is rank 0 of 1. Under torchrun the same code joins
-a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2). What may
-happen to a long run (signals, ranks that die, numbers that are not finite) is in faults.py.
+a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2).
 """
 import glob
 import hashlib
@@ -43,10 +42,7 @@ class World:
 
 
 def setup(device: str | None = None) -> World:
-    """Chooses the device (CUDA, then Apple's MPS, then CPU, unless named) and joins torchrun's process group.
-
-    START names this start of the command among all that torchrun has made: see faults.meet.
-    """
+    """Chooses the device (CUDA, then Apple's MPS, then CPU, unless named) and joins torchrun's process group."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device, ranks, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -55,7 +51,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # see faults.meet
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)
@@ -63,17 +59,14 @@ def setup(device: str | None = None) -> World:
 
 def choose_device(name: str | None, ranks: int, local: int) -> torch.device:
     """name: cuda, cuda:N, mps, cpu or None. With several ranks, the rank `local` of its machine takes GPU `local`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available() and ranks == 1  # PyTorch has no process group for MPS
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
-        raise UserError(f"--device must be cuda, cuda:N, mps or cpu, not {name}.")
-    if name == "mps" and not mps:
-        raise UserError("there is no mps here: it takes an Apple GPU that PyTorch sees, and a single process.")
+    name = name or ("cuda" if gpus else "mps" if mps else "cpu")
+    refuse([(not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name), f"--device must be cuda, cuda:N, mps or cpu, not {name}"),
+            (name == "mps" and not mps, "mps needs an Apple GPU that PyTorch sees, and a single process")])
     if name.startswith("cuda"):
         name = f"cuda:{local}" if ranks > 1 or name == "cuda" else name
-        if not torch.cuda.is_available() or torch.device(name).index >= torch.cuda.device_count():
-            raise UserError(f"there is no {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
+        refuse([(torch.device(name).index >= gpus, f"there is no {name}: this PyTorch sees {gpus} CUDA GPUs")])
     return torch.device(name)
 
 
@@ -132,8 +125,8 @@ def gather(value):
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
-    All random numbers of training and sampling come from such keys. Runs can therefore stop and resume, or change the
-    number of ranks, without any generator state to save: the step number is the state.
+    All random numbers of training and sampling come from such keys. So a run can stop and resume, or change the number
+    of ranks, without any generator state to save: the step number is the state.
     """
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     return torch.Generator(device).manual_seed(seed)
@@ -158,7 +151,7 @@ def make_folder(path: str):
 def write_file(path: str, fill, kept: str | None = None):
     """Writes a binary file that is never seen half written: fill(file) fills a temporary file, which is then renamed.
 
-    kept: the new name of the file that was at `path` before. A kill at any moment leaves a whole file under one of the
+    kept: a new name for the file that was at `path` before. A kill at any moment leaves a whole file under one of the
     two names, and at most one temporary file, which `sweep` removes.
     """
     temporary = f"{path}.tmp{os.getpid()}"
@@ -172,7 +165,7 @@ def write_file(path: str, fill, kept: str | None = None):
             os.replace(path, kept)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:
         if os.path.exists(temporary):
@@ -192,27 +185,21 @@ def is_alive(pid: int) -> bool:
     """Does a process with this number run on this machine?"""
     try:
         os.kill(pid, 0)  # signal 0 is never sent; the call only checks
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it belongs to another user
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it belongs to another user
     return True
 
 
 def log(path: str, **record):
-    """Appends one JSON line to `path`. JSON has no NaN and no infinity, so such numbers become null."""
+    """Appends one JSON line to `path`, on the first rank. JSON has no NaN and no infinity: such numbers become null."""
+    if not is_first():
+        return
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         with open(path, "a") as f:
             f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
-
-
-def read_log(path: str, **fields) -> list[dict]:
-    """The records of a log that have these fields."""
-    with open(path) as f:
-        return [record for record in map(json.loads, f) if fields.items() <= record.items()]
 
 
 def read_json(path: str):
@@ -240,8 +227,7 @@ def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
     passes None: as few as possible with at most `most` images per rank and pass.
     """
     rank = batch // world.size
-    fitting = [n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most]
-    passes = passes or min(fitting, default=1)
+    passes = passes or next((n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most), 1)
     images, rest = divmod(batch, world.size * passes)
     refuse([(rest, f"a batch of {batch} does not divide into {world.size} ranks x {passes} passes; change --batch")])
     return images, passes
@@ -251,12 +237,12 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
     """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
-    its gradient, moments and EMA (FSDP2). A module of one of the types `parts` is put together only while it computes,
-    all other parameters once a pass. ema: the averages, which are sharded alike.
+    its gradient, moments and average in `ema` (FSDP2). A module of one of the types `parts` is put together only while
+    it computes; all other parameters are put together once a pass.
     """
+    if not shard and world.size == 1:
+        return module
     if not shard:
-        if world.size == 1:
-            return module
         ids = [world.device.index] if world.device.type == "cuda" else None
         # Buffers stay apart: each rank counts in VQ.usage which codes it chose. torch >= 2.13 warns about this flag.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -278,9 +264,9 @@ def passes(module, last: bool):
 
 
 def whole(value):
-    """Copies a nested dict or list and puts each sharded tensor in it together. All ranks must call it.
+    """Copies a nested dict or list. All ranks must call it. Values that are not sharded stay as they are.
 
-    Rank 0 gets the whole tensor, on the CPU; the other ranks get None. Values that are not sharded stay as they are.
+    Of a sharded tensor rank 0 gets the whole, on the CPU; the other ranks get None.
     """
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
@@ -293,7 +279,12 @@ def whole(value):
 
 
 def unsharded(models, types: dict):
-    """A ModuleDict of sharded models -> whole models in eval mode on rank 0, None elsewhere. All ranks must call it."""
+    """A ModuleDict, sharded -> whole models in eval mode on rank 0, None elsewhere; as it is if it is not sharded.
+
+    All ranks must call it. types: kind -> the class of a model.
+    """
+    if not any(hasattr(p, "full_tensor") for p in models.parameters()):
+        return models
     weights, device = whole(models.state_dict()), next(models.parameters()).device
     if not is_first():
         return None
@@ -306,7 +297,6 @@ def shard_moments(optimizer):
     """Under FSDP2, keeps this rank's share of the moments, which load_state_dict has read whole from a file."""
     if any(hasattr(p, "full_tensor") for p in optimizer.state):
         from torch.distributed.tensor import distribute_tensor  # takes a second, too
-
         for p, state in optimizer.state.items():
             for name, value in state.items():
                 if value.shape == p.shape:

@@ -192,9 +192,9 @@ class Autoencoder(nn.Module):
     encoded, decoded: the numbers of channels that to_grid returns and that to_images takes.
 
     With `linear_path` two linear maps of tiles, of stride x stride pixels each, run in parallel to encoder and decoder:
-    patch_in and patch_out. The last layer of each convolutional branch then starts at zero, and fit_linear_path of the
-    subclasses sets the maps to principal components of real tiles. So training starts at the quality of a PCA codec,
-    which a small network alone needs hours to reach.
+    patch_in and patch_out. The last layer of each convolutional branch then starts at zero, and fit_linear_path sets
+    the maps to principal components of real tiles. So training starts at the quality of a PCA codec, which a small
+    network alone needs hours to reach.
     """
 
     def __init__(self, c, encoded, decoded, encoder_out, encoder_attention, decoder_attention):
@@ -235,6 +235,15 @@ class Autoencoder(nn.Module):
             across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix        # [..., borders, stride]
             images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
         return images
+
+    @torch.no_grad()
+    def fit_linear_path(self, images, generator=None):
+        """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
+
+        In double precision: the last bits of LAPACK's results vary, and rounding to float32 removes them.
+        """
+        self.double().fit(images.double(), generator)
+        self.float()
 
     def tiles(self, images):  # [N, 3, H, W] -> [N*h*h, 3*stride^2], filtered, as patch_in sees them
         return F.unfold(self.lap(images), self.stride, stride=self.stride).mT.flatten(0, 1)
@@ -342,9 +351,8 @@ class VQ(Autoencoder):
         self.usage.zero_()
         return dead
 
-    @torch.no_grad()
-    def fit_linear_path(self, images, generator=None):
-        """Sets linear path and codebook from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK).
+    def fit(self, images, generator):
+        """For fit_linear_path.
 
         One of the d channels is a constant. Without it the projection to the unit sphere would discard the length of
         the vector: how far a tile is from the mean tile.
@@ -431,9 +439,7 @@ class KL(Autoencoder):
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images) + 1e-6 * kl, reconstruction
 
-    @torch.no_grad()
-    def fit_linear_path(self, images, generator=None):
-        """Sets the linear path from images [N, 3, H, W]. The model must be new, and on the CPU (LAPACK)."""
+    def fit(self, images, generator):  # for fit_linear_path
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.z_channels)
         self.set_patch_in(axes, -axes @ mean, constant=-4.0)       # log-variance -4: a standard deviation of 0.14

@@ -10,7 +10,7 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
-train-N.pt and train-N.previous.pt, log.jsonl (steps repeated after a stop stand in it twice), and samples in grids/.
+train-N.pt and train-N.previous.pt, log.jsonl (which repeats steps that a stop made necessary again), and grids/.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
@@ -19,7 +19,6 @@ dropout only if the passes hold equally many images). SIGTERM and Ctrl-C end a r
 import argparse
 import math
 import os
-import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -39,33 +38,31 @@ from data import Cache, Folder, batches, find_images, tokenise
 from diffloss import HeadNet, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
 from fusion import FUSIONS, Attention
-from presets import PRESETS, fix_steps, new_plan, true_share
+from presets import PRESETS, sized, true_share
 from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, make_folder, passes, print0,
-                     read_json, read_log, refuse, rng, setup, shard_moments, spread, unsharded, whole, write_json)
-from tokenizers import KL, VQ, Decoder, Encoder, latent_scale
+                     read_json, refuse, rng, setup, shard_moments, spread, unsharded, whole, write_json)
+from tokenizers import Decoder, Encoder, latent_scale
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
 
+KINDS = (("vq", "kl"), ("prior",), ("generator",))  # the models that each stage trains
+
 class Stage(nn.Module):
-    """What the loop needs to know of a stage. Each stage sets `data` and `trained` and defines `forward`.
+    """What the loop needs to know of a stage. Each stage sets data and trained, and defines forward and picture.
 
     data      the images: len(data), data.identity, and data.batch(sample numbers) -> tensors
-    trained   ModuleDict of the models that learn, by kind: what DDP, the optimizer, the EMA and the files see
+    trained   ModuleDict of the models that learn: what DDP, the optimizer, the EMA and the files see
     frozen    the models that do not learn: a plain dict, so that none of these see them
     about     what the weight files say besides config and weights
+    forward   (step, rows, *tensors from data) -> the loss of these rows, a slice of this step's global batch
+    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W]
     """
 
     def __init__(self, args, preset, world):
         super().__init__()
         self.args, self.preset, self.world, self.device = args, preset, world, world.device
         self.recipe, self.frozen, self.about = preset.recipes[args.stage], {}, {"preset": args.preset}
-
-    def forward(self, step, rows, *batch):
-        """The loss of these rows (a slice) of this step's global batch. batch: their tensors from `data`."""
-
-    def decays(self, name, parameter):  # does weight decay apply to this parameter?
-        return parameter.ndim >= 2
 
     def start(self):
         """Once, before the first step of a new run."""
@@ -79,23 +76,26 @@ class Stage(nn.Module):
     def before_save(self, models):
         """Completes the EMA models before their files are written."""
 
-    def picture(self, models):
-        """-> images for a grid, uint8 [B, 3, H, W], or None."""
-
     def rng(self, step):
         return rng(self.device, f"stage {self.args.stage}", self.args.seed, step)
 
     def file(self, kind):
         return os.path.join(self.args.run, f"{kind}.pt")
 
-    def read_cache(self):
-        """For stages 1 and 2: opens the cache and loads the tokenizers that made it."""
+    def pace(self):
+        """-> highest learning rate, steps of warm-up, steps of decay. --hours may shorten them during the training."""
+        args, recipe, images = self.args, self.recipe, len(self.data)
+        shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
+        warmup = recipe.warmup * images / args.batch * shorter
+        return (args.lr or recipe.lr) * args.batch / 256, warmup, recipe.decay * args.steps
+
+    def read_cache(self):  # for stages 1 and 2: the cache, and the tokenizers that made it
         self.data = Cache(self.args.data, self.args.seed, self.recipe.balanced)
         self.classes, self.grid, self.codes = self.data.classes, self.data.header["grid"], self.data.header["codebook"]
-        for kind in ("vq", "kl"):
+        for kind in KINDS[0]:
             self.frozen[kind] = checkpoints.load_model(self.file(kind), kind, self.device)
             self.data.check_tokenizer(kind, self.frozen[kind], self.file(kind))
-        self.about |= {"classes": self.classes, "tokenizers": {k: self.data.header[k] for k in ("vq", "kl")}}
+        self.about |= {"classes": self.classes, "tokenizers": {kind: self.data.header[kind] for kind in self.frozen}}
         self.shown = torch.arange(16, device=self.device) % len(self.classes)  # the classes of a grid of samples
 
 
@@ -104,18 +104,16 @@ class Tokenizers(Stage):
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
-        self.data = Folder(args.data, preset.image_size, args.seed)
-        models = (("vq", VQ, preset.vq), ("kl", KL, preset.kl))
-        self.trained = nn.ModuleDict({k: make(c) for k, make, c in models if args.only in (None, k)})
-        self.about["image_size"] = preset.image_size
+        self.data, self.about["image_size"] = Folder(args.data, preset.image_size, args.seed), preset.image_size
+        self.trained = nn.ModuleDict({kind: checkpoints.MODULES[kind](getattr(preset, kind))
+                                      for kind in KINDS[0] if args.only in (None, kind)})
 
     def start(self):
-        """Fits the linear paths in double precision: LAPACK's last bits vary, and are then rounded away."""
+        number = 2000 * 64**2 // self.preset.image_size**2  # of images, which then fill as much memory at any size
         for model in self.trained.values():
             if model.config.linear_path:
-                images, = self.data.batch(range(min(2000, len(self.data))))
-                model.double().fit_linear_path(images.double(), rng("cpu", "linear path", self.args.seed))
-                model.float()
+                images, = self.data.batch(range(min(number, len(self.data))))
+                model.fit_linear_path(images, rng("cpu", "linear path", self.args.seed))
 
     def forward(self, step, rows, images):
         loss = self.trained["vq"].loss(images)[0] if "vq" in self.trained else 0.0
@@ -130,7 +128,7 @@ class Tokenizers(Stage):
         if "vq" not in self.trained or (step + 1) % 100 or step > self.args.steps / 2:
             return {}
         vq = self.trained["vq"]
-        vq.usage = all_mean(vq.usage)
+        all_mean(vq.usage)
         images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
         moved = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
         broadcast(vq.codebook.weight.data)  # encoders of two ranks may differ in the last bit
@@ -140,19 +138,18 @@ class Tokenizers(Stage):
     def memory(self):  # how often each code was chosen since the last restart
         return {"usage": self.trained["vq"].usage} if "vq" in self.trained else {}
 
-    def before_save(self, models):
-        """Measures the scale of KL's latents."""
+    def before_save(self, models):  # measures the scale of KL's latents
         if "kl" in models:
             images, = self.data.batch(range(min(1000, len(self.data))))
             models["kl"].set_scale(latent_scale(models["kl"].encode(x.to(self.device)) for x in images.split(50)))
 
-    def picture(self, models):
-        """Rows: images, decoded codes, decoded latents."""
-        images = self.data.batch(range(8))[0].to(self.device)
-        rows = [images] + ([models["vq"].decode(models["vq"].encode(images))] if "vq" in models else [])
+    def picture(self, models):  # rows: images, decoded codes, decoded latents
+        rows = [self.data.batch(range(8))[0].to(self.device)]
+        if "vq" in models:
+            rows.append(models["vq"].decode(models["vq"].encode(rows[0])))
         if "kl" in models:
             kl = models["kl"]  # decode() would need the scale, which is not measured yet
-            rows.append(kl.to_images(kl.posterior(kl.encode(images))[0]))
+            rows.append(kl.to_images(kl.posterior(kl.encode(rows[0]))[0]))
         return sample.to_uint8(torch.cat(rows))
 
 
@@ -191,9 +188,9 @@ class GeneratorStage(Stage):
             wanted = {"classes": names, "vq": self.data.header["vq"], "grid": self.grid, "vocab": self.codes}
             checkpoints.refuse_other(path, model, wanted)
         elif FUSIONS[fusion].reads_codes:
-            refuse([(min(self.true_share) < 1,
-                     f"{args.run} has no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
+            refuse([(min(self.true_share) < 1, "no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
+            args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
         config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.merge, code_grid=self.grid,
                          classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
@@ -201,16 +198,12 @@ class GeneratorStage(Stage):
             model = generator.Generator(config)
         except ValueError as error:
             raise UserError(f"--fusion {fusion} does not fit this preset: {error}.") from None
-        if "prior" in self.frozen:  # D2C embeds the codes by the prior's table; without a prior the table stays random
+        if "prior" in self.frozen:  # D2C embeds the codes by the prior's table
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
         self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.grid**2))
-        if kl.config.scale is None:  # a file that does not know its scale: take the one that data.py measured
-            kl.set_scale(self.data.scale)
+        kl.set_scale(kl.config.scale or self.data.scale)  # a file that does not know its scale: data.py has measured it
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
-
-    def decays(self, name, parameter):
-        return parameter.ndim >= 2 and ".head." not in name  # MAR decays nothing in the head
 
     def forward(self, step, rows, codes, moments, classes):
         model, (first, last) = self.trained["generator"], self.true_share
@@ -223,17 +216,14 @@ class GeneratorStage(Stage):
         return fast.loss(model, latents, classes, codes, draws)
 
     def picture(self, models):
-        if models["generator"].fusion.reads_codes and "prior" not in self.frozen:
-            return None  # no prior that could draw codes
         run = sample.Run(self.frozen["kl"], models["generator"], self.frozen["vq"], self.frozen.get("prior"),
                          self.classes, self.sampling, self.device)
         return sample.generate(run, self.shown).images
 
 
-STAGES = {0: Tokenizers, 1: PriorStage, 2: GeneratorStage}
-BLOCKS = (generator.Block, prior.Block)                                # --recompute forgets their activations
-MINUTE = 60.0                                                          # when a stage says how long it will take
-COMPILED = (Encoder, Decoder, *BLOCKS, HeadNet)                        # --compile compiles these
+STAGES = (Tokenizers, PriorStage, GeneratorStage)
+BLOCKS = (generator.Block, prior.Block)
+MINUTE = 60.0  # when a stage says how long it will take
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -243,47 +233,46 @@ def parse_args():
     add = parser.add_argument
     add("--stage", choices=("0", "1", "2", "all"), required=True)
     add("--preset", choices=PRESETS, default="d2c-b")
+    add("--size", type=int, help="stages 0 and all: side of the pictures in pixels (default: the preset's)")
     add("--data", help="image folder (stages 0 and all) or cache (stages 1, 2; default: data/cache)")
     add("--run", help="run directory (default: runs/PRESET)")
     add("--only", choices=("vq", "kl"), help="stage 0: train one tokenizer")
     add("--fusion", choices=FUSIONS, help="stage 2 (default: the preset's)")
-    add("--condition", help="stage 2, where the codes come from (default: the preset's): ground_truth; resampled, each "
-        "code drawn by the prior given the true codes before it; mixed:0.7, each code true with this probability, else "
-        "resampled; mixed:1-0.3, a probability that moves over the training")
+    add("--condition", help="stage 2, source of the codes (default: the preset's): ground_truth; resampled: the prior "
+        "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
+        "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
     add("--hours", type=float, help="stage all: shorten the stages to about this time in all, without the cache")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
-    add("--accumulate", type=int, help="passes per optimizer step (default: as few as the preset's limit of images per "
-        "pass allows)")
+    add("--accumulate", type=int, help="passes per optimizer step (default: as few as the preset allows)")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the blocks of the models")
-    add("--recompute", action="store_true", help="keep no activations of the Transformer blocks but compute them again "
-        "in the backward pass (gradient checkpointing): less memory, more time")
+    add("--recompute", action="store_true", help="gradient checkpointing of the blocks: less memory, more time")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-every", type=int, default=500, help="steps")
     add("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
-    add("--shard", action="store_true", help="stages 1 and 2: divide weights, EMA and optimizer among the ranks "
-        "(FSDP2), for models that fit on one GPU but whose training does not")
+    add("--shard", action="store_true", help="divide weights, EMA and optimizer among the ranks (FSDP2): less memory")
     add("--fresh", action="store_true", help="start over; what the stage has made (all: RUN) is moved to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
-    args.stage, args.until = args.stage if args.stage == "all" else int(args.stage), None
-    counts, one = [args.batch, args.accumulate, args.log_every, args.save_every, args.steps], args.stage != "all"
-    refuse([(args.data is None and args.stage in (0, "all"), f"stage {args.stage} needs an image folder: --data DIR"),
+    all_stages, folder = args.stage == "all", args.stage in ("0", "all")
+    bad = lambda x: x is not None and not 0 < x < math.inf
+    refuse([(args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
+            (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
-            (args.only and args.stage != 0, "--only vq or kl is for stage 0"),
-            ((args.fusion or args.condition) and args.stage in (0, 1), "--fusion and --condition are for stage 2"),
-            (args.shard and (args.stage in (0, "all") or "LOCAL_RANK" not in os.environ),
-             "--shard is for stages 1 and 2 under torchrun"),
-            ((args.steps or args.lr) and not one, "--steps and --lr are for a single stage; see --hours"),
-            (args.hours is not None and (one or not 0 < args.hours < math.inf), "--hours H, above 0, is for stage all"),
+            (args.only and args.stage != "0", "--only vq or kl is for stage 0"),
+            ((args.fusion or args.condition) and args.stage in "01", "--fusion and --condition are for stage 2"),
+            (args.shard and (folder or "LOCAL_RANK" not in os.environ), "--shard is for stages 1 and 2 under torchrun"),
+            ((args.steps or args.lr) and all_stages, "--steps and --lr are for a single stage; see --hours"),
+            (bad(args.hours) or args.hours and not all_stages, "--hours H, above 0, is for stage all"),
             (args.hours and "-" in (args.condition or ""), "--hours cannot be combined with a --condition that moves"),
-            (any(n is not None and n < 1 for n in counts),
+            (any(map(bad, (args.batch, args.accumulate, args.steps, args.log_every, args.save_every))),
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
             (args.grid_every < 0, "--grid-every must be at least 0"),
-            (args.lr is not None and not 0 < args.lr < math.inf, "--lr must be above 0")])
+            (bad(args.lr), "--lr must be above 0")])
+    args.stage = args.stage if all_stages else int(args.stage)
     args.run, args.data = args.run or os.path.join("runs", args.preset), args.data or os.path.join("data", "cache")
     return args
 
@@ -295,22 +284,17 @@ def build(args, world) -> Stage:
     if args.condition == "teacher_forced":
         print0("note: --condition teacher_forced is now called resampled")
         args.condition = "resampled"
-    recipe = PRESETS[args.preset].recipes[args.stage]
-    args.batch = args.batch or recipe.batch
-    micro, args.accumulate = divide(args.batch, world, args.accumulate, recipe.micro)
     agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
-    if not args.dry_run:
-        make_folder(args.run)
     torch.manual_seed(args.seed)
-    stage = STAGES[args.stage](args, PRESETS[args.preset], world)
-    epochs = recipe.steps(len(stage.data), args.batch)
-    args.steps = args.steps or epochs
-    stage.lr, stage.decay, stage.micro = (args.lr or recipe.lr) * args.batch / 256, recipe.decay * args.steps, micro
-    stage.warmup = recipe.warmup * len(stage.data) / args.batch * (args.steps / epochs if args.hours else 1.0)  # steps
+    stage = STAGES[args.stage](args, sized(PRESETS[args.preset], args.size), world)
+    args.batch = args.batch or stage.recipe.batch
+    args.steps = args.steps or stage.recipe.steps(len(stage.data), args.batch)
+    stage.micro, args.accumulate = divide(args.batch, world, args.accumulate, stage.recipe.micro)
+    lr, warmup, _ = stage.pace()
     print0(f"stage {args.stage}: {'+'.join(stage.trained)}, {sum(p.numel() for p in stage.trained.parameters()):,} "
-           f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {micro} images x "
-           f"{world.size} ranks x {args.accumulate} passes, learning rate {stage.lr:.2e} after {stage.warmup:.0f} "
-           f"steps, on {world.device}")
+           f"parameters, {len(stage.data):,} images, {args.steps:,} steps of {args.batch} = {stage.micro} images x "
+           f"{world.size} ranks x {args.accumulate} passes, learning rate {lr:.2e} after {warmup:.0f} steps, on "
+           f"{world.device}")
     return stage
 
 
@@ -323,9 +307,10 @@ def settings(stage) -> dict:
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # it is measured along the way
     condition = stage.about.get("condition", "")
-    moves = ("-" in condition or stage.decay > 0) and not args.hours  # then true share or rate depend on the steps
-    return {**configs, "condition": condition, "steps": args.steps if moves else None, "batch": args.batch,
-            "seed": args.seed, "data": stage.data.identity}
+    # then the share of true codes or the learning rate depends on the steps; with --hours they may still change
+    steps = args.steps if ("-" in condition or stage.recipe.decay > 0) and not args.hours else None
+    return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
+            "data": stage.data.identity, "size": None if args.stage else args.size}
 
 
 def resume(stage):
@@ -336,32 +321,30 @@ def resume(stage):
                                    [stage.file(kind) for kind in stage.trained], fresh)
     if state is None:
         stage.start()
-    stage.to(world.device)
-    if state is not None:
+    else:
         stage.trained.load_state_dict(state["raw"])
         for name, tensor in stage.memory().items():
             tensor.copy_(state["memory"][name])
+    stage.to(world.device)
     for tensor in stage.trained.state_dict().values():
         broadcast(tensor)  # so that EMA and weights start out the same on every rank
     ema = deepcopy(stage.trained).eval().requires_grad_(False)
     if state is not None:
         ema.load_state_dict(state["ema"])
     for module in stage.trained.modules():  # in place: parameters keep their names, and the EMA stays as it is
-        if args.compile and isinstance(module, COMPILED):
+        if args.compile and isinstance(module, (Encoder, Decoder, *BLOCKS, HeadNet)):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # `stage` itself stays unwrapped
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
-        groups[0 if stage.decays(name, p) else 1]["params"].append(p)
-    fused = world.device.type != "mps"
-    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=fused)
+        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # MAR decays nothing in the diffusion head
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
     if state is None:
         return ema, loss_of, optimizer, Watch(world), 0
-    for group in state["optimizer"]["param_groups"]:
-        group["fused"] = fused  # the file may come from another kind of device
-    optimizer.load_state_dict(state["optimizer"])
+    # its own groups, because the state may come from another kind of device
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
     shard_moments(optimizer)
     return ema, loss_of, optimizer, Watch(world, state["skipped"]), state["step"]
 
@@ -377,7 +360,7 @@ def save(stage, ema, optimizer, watch, step):
         weights = {k.removeprefix(f"{kind}."): v for k, v in states["ema"].items() if k.startswith(f"{kind}.")}
         checkpoints.save(stage.file(kind), kind, model.config, weights, step=step, **stage.about)
     checkpoints.save_state(state_path(stage.args), f"train-{stage.args.stage}", settings(stage), step=step,
-                           memory=memory, skipped=watch.reported, **states)
+                           memory=memory, skipped=int(watch.skipped), **states)
 
 
 def show(stage, ema, step):
@@ -385,31 +368,31 @@ def show(stage, ema, step):
     stage.trained.eval()
     pictures = []
     for models in (stage.trained, ema):
-        models = unsharded(models, checkpoints.MODULES) if stage.args.shard else models
+        models = unsharded(models, checkpoints.MODULES)
         try:
             pictures += [stage.picture(models)] if stage.world.rank == 0 else []
         except UserError as error:  # raw weights of the first steps may give values that are no picture
             print0(f"no picture at step {step}: {error}")
     stage.trained.train()
-    if pictures := [p for p in pictures if p is not None]:
+    if pictures:
         path = os.path.join(stage.args.run, "grids", f"stage{stage.args.stage}-{step:07d}.png")
         sample.save_picture(sample.grid(torch.cat(pictures), 8), path)
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
 
-def loop(stage, ema, loss_of, optimizer, watch, first):
-    """All steps of a stage, from step `first` to the last."""
-    args, device, rank = stage.args, stage.device, stage.world.rank
-    last = args.until or args.steps
-    data = batches(stage.data, stage.world, args.batch, stage.micro, first, last)
-    seen, clock, notes, told = 0, time.time(), {}, time.time() + MINUTE
-    bar = tqdm(total=last, initial=first, disable=rank > 0, desc=f"stage {args.stage}", unit=" steps", mininterval=1)
+def loop(stage, ema, loss_of, optimizer, watch, first, replan):
+    """All steps of a stage, from step `first` to the last. replan: as in `train`."""
+    args, device = stage.args, stage.device
+    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
+    done, logged, clock, notes, told = first, first, time.time(), {}, time.time() + MINUTE
+    bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", disable=stage.world.rank > 0)
     stage.trained.train()
-    for step in range(first, last):
-        rate = stage.lr * min(1.0, (step + 1) / (stage.warmup + 1), (args.steps - step) / (stage.decay + 1))
+    while done < args.steps:
+        step, done = done, done + 1
+        lr, warmup, decay = stage.pace()
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate = lr * min(1.0, (step + 1) / (warmup + 1), (args.steps - step) / (decay + 1))
         total = torch.zeros((), device=device)
         for k in range(args.accumulate):
             rows, batch = next(data)
@@ -423,31 +406,33 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
-        decay = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
+        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
-            torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - kept)
         notes.update(stage.after(step, ema))
-        seen, done, stop = seen + 1, step + 1, watch.asked_to_stop()
-        save_now = done % args.save_every == 0 or done == last or stop
+        stop = watch.asked_to_stop()
+        save_now = done % args.save_every == 0 or done == args.steps or stop
         if done % args.log_every == 0 or save_now:  # only here, in saves and in pictures the host waits for the device
             loss, skipped, bad_in_row = watch.report()
-            speed = seen * args.batch / (time.time() - clock)
+            speed = (done - logged) * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-            if rank == 0:
-                log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
-                    grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
-            seen, clock, notes = 0, time.time(), {}
+            log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
+                grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
+            logged, clock, notes = done, time.time(), {}
+            if replan and done >= min(3 * args.log_every, args.steps):
+                seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
+                args.steps, replan = replan(float(seconds), done), None
+                bar.total = args.steps
             if time.time() > told:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 told = math.inf
-            save_now = save_now and (not bad_in_row or done == last or stop)  # first see whether it recovers
+            save_now = done == args.steps or stop or save_now and not bad_in_row  # first see whether it recovers
         before = time.time()
         if save_now:
             save(stage, ema, optimizer, watch, done)
         if stop:
             bar.close(), barrier()  # rank 0 has saved
-            raise Stopped(stop, f"{signal.Signals(stop).name}: stopped after step {done:,}, which is saved; the same "
-                          "command goes on from there")
+            raise Stopped(stop, f"stopped after step {done:,}, which is saved; the same command goes on from there")
         if args.grid_every and (done % args.grid_every == 0 or done == args.steps):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
@@ -455,55 +440,70 @@ def loop(stage, ema, loss_of, optimizer, watch, first):
     bar.close(), watch.close(), barrier()
 
 
-def train(args, world):
-    """One stage."""
+def train(args, world, replan=None):
+    """One stage. replan(seconds of a step, steps done) -> steps in all; called once, when some steps were measured."""
     stage = build(args, world)
     if args.dry_run:
         return
+    make_folder(args.run)
     *learner, first = resume(stage)
-    loop(stage, *learner, first)
-    print0(f"{args.run}: {' and '.join(stage.trained)} after {max(first, args.until or args.steps):,} steps")
+    if first == 0:
+        print0(f"python tools/report.py {args.run} --watch    # this training as a page: {args.run}/report.html")
+    loop(stage, *learner, first, replan)
+    print0(f"{args.run}: {' and '.join(stage.trained)} after {max(first, args.steps):,} steps")
 
 
 # ------------------------------------------------------------------------------------------------------- all stages
 
-KINDS = (("vq", "kl"), ("prior",), ("generator",))  # what the stages train
+SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training of weights/tiny
+
+
+def fix_steps(path: str, plan: dict, stages: list, seconds: float, least: int) -> int:
+    """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
+
+    seconds: of a step. least: steps. A later start will end where this one would. -> steps of this stage.
+    """
+    left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
+    fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / seconds)
+    plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
+    plan["seconds"][stage] = steps * seconds
+    write_json(path, plan)
+    return steps
 
 
 def train_all(args, world):
     """--stage all: tokenizers, cache, prior, generator and a picture of every class. Run again, it continues."""
-    inside = lambda name: os.path.join(args.run, name)
+    inside, preset = lambda name: os.path.join(args.run, name), sized(PRESETS[args.preset], args.size)
     if args.fresh and not args.dry_run and world.rank == 0 and os.path.isdir(args.run) and not is_restart():
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
-    args.fresh, recipes = False, PRESETS[args.preset].recipes
-    plan = read_json(inside("plan.json")) or new_plan(recipes, len(find_images(args.data)[0]), args.batch, args.hours)
+    args.fresh, plan = False, read_json(inside("plan.json"))
+    if plan is None:  # hours in all or None; of each stage its steps, and its seconds once they are measured
+        images = len(find_images(args.data)[0])
+        steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
+        plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
     agree(plan, "the plan")
     refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh")])
     args.hours = plan["hours"]
-    print0("steps: " + ", ".join(f"{n:,} of {' and '.join(kinds)}" for n, kinds in zip(plan["steps"], KINDS))
+    stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]
+    print0("steps: " + ", ".join(f"{plan['steps'][n]:,} of {' and '.join(KINDS[n])}" for n in stages)
            + f"; fewer if {args.hours} hours are too short" * bool(args.hours))
     if args.dry_run:
         return
-    for n, kinds in enumerate(KINDS):
-        mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n]})
-        mine.data = inside("cache") if n else args.data
-        if n == 1:
-            tokenise(args.data, args.run, mine.data, world)
-        missing = [f"{kind}.pt" for kind in kinds if not os.path.exists(inside(f"{kind}.pt"))]
-        if len(missing) < len(kinds) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
-            refuse([(missing, f"{args.run} has no {''.join(missing)}; train it first, with --stage 0 --only")])
-            print0(f"stage {n} is skipped: {args.run} has the {' and '.join(kinds)} of another training")
+    for i, n in enumerate(stages):
+        source = inside("cache") if n else args.data
+        mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n], "data": source})
+        if i == 1:
+            tokenise(args.data, args.run, source, world)
+        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
+        if len(missing) < len(KINDS[n]) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
+            refuse([(missing, f"{args.run} has no {''.join(missing)}.pt; train it first, with --stage 0 --only")])
+            print0(f"stage {n} is skipped: {args.run} has the {' and '.join(KINDS[n])} of another training")
             continue
         plan["begun"] = sorted({*plan["begun"], n})
         write_json(inside("plan.json"), plan)
-        if args.hours and plan["seconds"][n] is None:  # train the first steps and measure them
-            mine.until = min(3 * args.log_every, mine.steps)
-            train(mine, world)
-            fix_steps(plan, n, mine.batch / read_log(inside("log.jsonl"), stage=n)[-1]["images_per_s"], mine.until)
-            write_json(inside("plan.json"), plan)  # a later start then ends where this one would
-            mine.steps, mine.until = plan["steps"][n], None
-        train(mine, world)
+        measure = args.hours and plan["seconds"][n] is None
+        train(mine, world, partial(fix_steps, inside("plan.json"), plan, stages[i:]) if measure else None)
     if world.rank == 0 and not os.path.exists(inside("samples.png")):
         run = sample.load_run(args.run, world.device)
         each = max(1, min(8, 64 // len(run.classes)))  # pictures of a class; if several, they are a row

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import sample
 import train
 from fusion import FUSIONS
 from generator import Generator
-from presets import PRESETS, fix_steps, new_plan, true_share
+from presets import PRESETS, sized, true_share
 from prior import Prior
-from runtime import rng
+from runtime import UserError, rng
+from tokenizers import KL, VQ
 
 RESAMPLED = ("--condition", "resampled")
 
@@ -390,15 +392,14 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))
 
 
-def test_hours_shorten_each_stage_to_its_share():
-    plan = new_plan(PRESETS["toy"].recipes, 1600, None, hours=1.0)
-    assert plan["steps"] == [2000, 6000, 12000]
-    fix_steps(plan, 0, seconds=0.1, least=60)   # 200 s where 540 s are allowed: all steps
-    assert plan["steps"][0] == 2000 and plan["seconds"][0] == 200
-    fix_steps(plan, 1, seconds=1.0, least=60)   # 3400 s are left for stages 1 and 2
-    assert plan["steps"][1] == int(3400 * 0.35 / 0.85)
-    fix_steps(plan, 2, seconds=100.0, least=60)
-    assert plan["steps"][2] == 60 and plan["seconds"][2] == 6000
+def test_hours_shorten_each_stage_to_its_share(tmp_path):
+    path, plan = str(tmp_path / "plan.json"), {"hours": 1.0, "steps": [2000, 6000, 12000], "seconds": [None] * 3}
+    assert train.fix_steps(path, plan, [0, 1, 2], seconds=0.1, least=60) == 2000  # 200 s where 540 s are allowed
+    assert plan["seconds"][0] == 200
+    assert train.fix_steps(path, deepcopy(plan), [2], seconds=1.0, least=60) == 3400  # no prior: all that is left
+    assert train.fix_steps(path, plan, [1, 2], seconds=1.0, least=60) == int(3400 * 0.35 / 0.85)
+    assert train.fix_steps(path, plan, [2], seconds=100.0, least=60) == 60 and plan["seconds"][2] == 6000
+    assert json.loads(Path(path).read_text()) == plan and plan["steps"] == [2000, 1400, 60]
 
 
 def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script, monkeypatch):
@@ -412,6 +413,40 @@ def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, work
     os.unlink(f"{run}/vq.pt")
     result = script(*all_stages(ten, run))
     assert result.code == 1 and "has no vq.pt; train it first" in result.err
+
+
+def test_all_stages_in_another_size_without_a_prior(ten, works, script, tmp_path):
+    """Fusion none reads no codes, so nothing would use a prior. The command for the report comes once per stage."""
+    run, less = str(tmp_path / "run"), ("--fusion", "none", "--hours", 1e-6, "--log-every", 1)
+    said = works(*all_stages(ten, run, "--size", 64, *less))
+    assert "steps: 12 of vq and kl, 75 of generator" in said and not os.path.exists(f"{run}/prior.pt")
+    assert said.count(f"python tools/report.py {run} --watch    # this training as a page: {run}/report.html") == 2
+    assert train_state(run, 0)["step"] == train_state(run, 2)["step"] == 3
+    header, plan = data.read_header(f"{run}/cache"), json.loads(Path(run, "plan.json").read_text())
+    assert (header["size"], header["grid"]) == (64, 8) and plan["seconds"][1] is None
+    assert Image.open(f"{run}/samples.png").size == (6 * 66 - 2, 10 * 66 - 2)
+    assert "tools/report.py" not in works(*all_stages(ten, run, "--size", 64, *less))
+    result = script(*all_stages(ten, run, *less))
+    assert result.code == 1 and "trained with other settings (size)" in result.err
+
+
+def test_sizes_of_presets(script, ten, tmp_path):
+    tiny = PRESETS["tiny"]
+    assert sized(tiny, None) == sized(tiny, 64) == tiny and sized(PRESETS["d2c-b"], 256) == PRESETS["d2c-b"]
+    for size, channels in ((128, 32), (256, 64)):
+        preset = sized(tiny, size)
+        images, kl = torch.zeros(1, 3, size, size), KL(replace(preset.kl, scale=1.0))
+        assert preset.image_size == size and preset.kl.z_channels == channels
+        assert VQ(preset.vq).encode(images).shape == (1, 16 * 16)
+        latents = kl.sample(kl.encode(images))
+        assert latents.shape == (1, 8 * 8, 4 * channels) and kl.decode(latents).shape == images.shape
+    for name, size, nearest in (("tiny", 100, 128), ("tiny", 1, 64), ("tiny", 512, 256), ("d2c-b", 128, 256)):
+        with pytest.raises(UserError, match=f"--size {size} is not possible .* the nearest, --size {nearest}"):
+            sized(PRESETS[name], size)
+    result = script(*all_stages(ten, tmp_path / "run", "--size", 100, "--dry-run"))
+    assert result.code == 1 and "the nearest, --size 128" in result.err and not (tmp_path / "run").exists()
+    result = script("train", "--stage", 1, "--size", 64)
+    assert result.code == 1 and "--size is for stages 0 and all" in result.err
 
 
 # ------------------------------------------------------------------------------------------------------- memorised
