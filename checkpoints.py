@@ -1,9 +1,9 @@
 """Files of weights: atomic, self-describing, checksummed; and all that is known about the layouts of official files.
 
     save(path, kind, config, state, **meta)      writes one of ours; kind is vq, kl, prior or generator
-    load(path, kind) -> config, state            reads ours or an official one; the state fits our module of that config
+    load(path, kind) -> config, state            reads ours or an official one; the state, in fp32, fits our module
     load_model(path, kind, device) -> module     the same as a module, frozen and in eval mode
-    write(path, content), read(path) -> dict     any torch file, safely; newest(path): a training state
+    read(path) -> dict                           any torch file: tensors, plain containers and argparse.Namespace only
 
     python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
     python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
@@ -14,18 +14,14 @@ A run directory holds {vq,kl,prior,generator}.pt. Any of the four may be an offi
     kl         MAR: kl16.ckpt; CompVis: kl-f16; VA-VAE: f16, 32 channels
     prior      LlamaGen: c2i_{B,L,XL,XXL}
     generator  MAR: checkpoint-last.pth
-
-The names of the tensors give the layout, their shapes give the sizes; a file's name says nothing. `read` unpickles
-tensors, plain containers and argparse.Namespace only.
 """
 import argparse
 import csv
 import hashlib
 import os
-import pickle
 import re
 from dataclasses import asdict, fields, replace
-from itertools import count as count_from
+from itertools import count
 
 import torch
 
@@ -33,7 +29,7 @@ from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
 from faults import run_script
-from runtime import UserError, agree, barrier, is_first, print0, sweep, write_file
+from runtime import UserError, agree, barrier, is_first, print0, refuse, sweep, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
 FORMAT = 1
@@ -49,7 +45,7 @@ def checksum(state: dict) -> str:
 
     def visit(name, value):
         if isinstance(value, dict):
-            for k in sorted(value, key=str):
+            for k in sorted((k for k in value if k != "checksum"), key=str):  # `write` adds this entry afterwards
                 visit(f"{name}/{k}", value[k])
         elif isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -63,8 +59,7 @@ def checksum(state: dict) -> str:
 
 def write(path: str, content: dict, kept: str | None = None):
     """Writes a torch file with a checksum; `kept` as in `write_file`."""
-    content = {**content, "checksum": checksum(content)}
-    write_file(path, lambda f: torch.save(content, f), kept)
+    write_file(path, lambda f: torch.save({**content, "checksum": checksum(content)}, f), kept)
 
 
 def save(path: str, kind: str, config, state: dict, **meta):
@@ -75,24 +70,19 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 def read(path: str) -> dict:
     """The content of a torch file. Refuses with a sentence what is absent, of another kind, damaged, or holds code."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not there; train it (train.py) or put an official file under this name.")
+    refuse([(not os.path.isfile(path), f"{path} is not there; train it or put an official file under this name")])
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a flipped bit can make the zip reader and the unpickler raise almost anything
-        code = any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "GLOBAL"))
-        if code and isinstance(error, pickle.UnpicklingError):
+        what = "is not a PyTorch weights file, or is damaged; get it again"
+        if re.search("Unsupported (global|class)|GLOBAL", str(error)):
             what = "holds more than tensors and plain values, which could run code, and is refused"
-            raise UserError(f"{path} {what}.") from None
-        raise UserError(f"{path} is not a PyTorch weights file, or is damaged; get it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+        raise UserError(f"{path} {what}.") from None
+    refuse([(not isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a dictionary of weights")])
     if "format" in content:
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}, this code reads {FORMAT}; update one of them.")
-        if content.get("checksum") != checksum({k: v for k, v in content.items() if k != "checksum"}):
-            raise UserError(f"{path} is damaged: its checksum does not fit its content; get it again.")
+        refuse([(content["format"] != FORMAT, f"{path} has format {content['format']}, not {FORMAT}; update the code")])
+        refuse([(content.get("checksum") != checksum(content), f"{path} is damaged: wrong checksum; get it again")])
     return content
 
 
@@ -103,17 +93,14 @@ def previous(path: str) -> str:
 
 def newest(path: str) -> dict | None:
     """The training state `path`; the previous one if that is damaged or absent; None if there is neither."""
-    content, before, damaged = None, previous(path), False
-    if os.path.exists(path):
-        try:
-            content = read(path)
-        except UserError as error:
-            if not os.path.exists(before):
-                raise
-            print0(f"note: {error} Continuing from {before}, the training state before it.")
-            damaged = True
-    if content is None and os.path.exists(before):
-        content = read(before)
+    files, damaged = [file for file in (path, previous(path)) if os.path.exists(file)], False
+    try:
+        content = read(files[0]) if files else None
+    except UserError as error:
+        if len(files) == 1:
+            raise
+        print0(f"note: {error} Continuing from {files[1]}, the training state before it.")
+        content, damaged = read(files[1]), True
     barrier()  # every rank has read
     if damaged and is_first():  # the next save would otherwise keep the damaged file in place of the good one
         os.replace(path, f"{path}.damaged")
@@ -132,27 +119,25 @@ def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) 
     """
     if is_first():
         sweep(os.path.dirname(path))
-        if fresh:
-            set_aside([path, previous(path), *weights])
+    if fresh:
+        set_aside([path, previous(path), *weights])
     barrier()
     state = newest(path)
     agree(state.get("step") if state else 0, "the step to resume at")
     if state is None:
-        if is_first():
-            set_aside(weights)
+        set_aside(weights)
         return None
-    if state.get("kind") != kind:
-        raise UserError(f"{path} is no training state of this stage; remove it or choose another --run.")
-    if other := [k for k, v in configs.items() if state["configs"].get(k) != v]:
-        raise UserError(f"{path} was trained with other settings ({', '.join(other)}); choose another --run.")
+    other = [k for k, v in configs.items() if state.get("configs", {}).get(k) != v]
+    refuse([(state.get("kind") != kind, f"{path} is no training state of this stage; remove it or change --run"),
+            (other, f"{path} was trained with other settings ({', '.join(other)}); choose another --run")])
     print0(f"resuming {path} at step {state['step']:,}")
     return state
 
 
 def set_aside(paths: list):
-    """Moves the files that exist into a new folder: the first of before-1, before-2, ... that does not exist yet."""
-    if paths := [p for p in paths if os.path.exists(p)]:
-        folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count_from(1))
+    """Rank 0 moves the files that exist into a new folder: the first of before-1, before-2, ... that is free."""
+    if is_first() and (paths := [p for p in paths if os.path.exists(p)]):
+        folders = (os.path.join(os.path.dirname(paths[0]), f"before-{i}") for i in count(1))
         folder = next(f for f in folders if not os.path.exists(f))
         try:
             os.mkdir(folder)
@@ -164,29 +149,20 @@ def set_aside(paths: list):
 
 
 def load(path: str, kind: str, ema: bool = True):
-    """-> (config, state_dict in fp32); the state fits our module of `kind` (vq, kl, prior, generator) and config.
-
-    An official file may hold an EMA beside the raw weights. ema=False takes the raw ones, MAR's `model` instead of its
-    `model_ema`, to compare the two. Our own files hold one set of weights, the EMA if one was trained.
-    """
-    config, state = parse(path, kind, read(path), ema)
-    with torch.device("meta"):  # a module without memory
-        check_tensors(path, kind, MODULES[kind](config), state)
-    return config, state
+    """-> config and fp32 state for our module of `kind`. ema=False: raw weights of an official file, not its EMA."""
+    return parse(path, kind, read(path), ema)
 
 
 def load_model(path: str, kind: str, device="cpu"):
     """-> our module with the weights of `path`, frozen, in eval mode. Its `about` is what else a file of ours holds."""
     content = read(path)
     config, state = parse(path, kind, content)
+    if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"{path} holds values that are not finite, in {bad[0]!r}; it is damaged or badly trained.")
     model = MODULES[kind](config)
-    check_tensors(path, kind, model, state)
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path} holds values that are not finite, in {key!r}; it is damaged or was trained badly.")
     model.load_state_dict(state)
-    own = content if "format" in content else {}
-    model.about = {k: v for k, v in own.items() if k not in ("format", "kind", "config", "state", "checksum")}
+    weights = ("format", "kind", "config", "state", "checksum")
+    model.about = {k: v for k, v in content.items() if k not in weights} if "format" in content else {}
     model = model.eval().requires_grad_(False).to(device)
     return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
@@ -195,51 +171,43 @@ def refuse_other(path: str, model, wanted: dict):
     """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
     its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}
     if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
-        raise UserError(f"{path} was trained with other {' and '.join(other)} than the cache has; train it on this "
-                        "cache, with --fresh.")
+        raise UserError(f"{path} was trained on another cache, with other {', '.join(other)}; train it with --fresh.")
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """-> (config, state) of a file whose content `read` returned; `check_tensors` is still to come."""
-    state = content["state"] if "format" in content else official_state(content, ema)
-    if (found := kind_of(path, content, state)) != kind:
+    """`load` of a file whose content `read` returned. Refuses a state that has not exactly our module's tensors."""
+    if (found := kind_of(path, content)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
     if "format" in content:
-        config = make_config(path, kind, content["config"])
+        values, state = content["config"], content["state"]
+        if unknown := set(values) - {f.name for f in fields(CONFIGS[kind])}:
+            raise UserError(f"{path} has unknown settings: {', '.join(sorted(unknown))}; update the code.")
+        config = CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     else:
+        _, names, convert = OFFICIAL[kind]
+        state = {rename(k, names): v for k, v in official_state(content, ema).items() if not k.startswith(IGNORED)}
         try:
-            _, names, convert = OFFICIAL[kind]
-            config, state = convert(path, content, rename(state, names))
+            config, state = convert(path, content, state)
         except KeyError as error:
             raise UserError(f"{path} is incomplete: it has no tensor {error}; get the file again.") from None
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-
-
-def kind_of(path: str, content: dict, state: dict) -> str:
-    """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
-    if "format" in content:
-        return content["kind"]
-    for kind, (mark, _, _) in OFFICIAL.items():
-        if mark in state:
-            return kind
-    raise UserError(f"{path} holds no weights that this code recognises; docs/weights.md lists the supported files.")
-
-
-def check_tensors(path: str, kind: str, model, state: dict):
-    """Refuses a state that has not exactly the tensors of our module."""
-    wanted = model.state_dict()
+    with torch.device("meta"):  # a module without memory
+        wanted = MODULES[kind](config).state_dict()
     for key in [*wanted, *state]:
         if key not in wanted:
             raise UserError(f"{path} has the unknown tensor {key!r}; it is no layout that this code supports.")
         if key not in state or state[key].shape != wanted[key].shape:
             raise UserError(f"{path} is no whole {kind} of its sizes: see the tensor {key!r}; get the file again.")
+    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def make_config(path, kind, values: dict):
-    known = {f.name for f in fields(CONFIGS[kind])}
-    if unknown := set(values) - known:
-        raise UserError(f"{path} has settings this code does not know: {', '.join(sorted(unknown))}; update the code.")
-    return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def kind_of(path: str, content: dict) -> str:
+    """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
+    if "format" in content:
+        return content["kind"]
+    state = official_state(content)
+    kinds = [kind for kind, (mark, _, _) in OFFICIAL.items() if mark in state]
+    refuse([(not kinds, f"{path} holds no weights that this code recognises; see docs/weights.md")])
+    return kinds[0]
 
 
 def read_classes(path: str) -> dict | None:
@@ -254,68 +222,57 @@ def read_classes(path: str) -> dict | None:
 
 
 # -------------------------------------------------------------------------------------------------- official layouts
-# An official file becomes ours in three steps: `official_state` finds its tensors, `rename` gives them our names, and
-# a convert function reads the config from their shapes. `check_tensors` then refuses unknown and absent tensors.
+# `official_state` finds the tensors of an official file, `rename` gives each our name, and a convert function reads the
+# config from their shapes. `parse` then refuses unknown and absent tensors. The name of the file says nothing.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
 IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # by our modules
 
 
-def official_weights(content: dict, ema: bool = True) -> str | None:
-    """The entry of an official file that holds its weights; None if the file is a bare state dict."""
-    return next((name for name in (EMA if ema else ()) + RAW if isinstance(content.get(name), dict)), None)
-
-
 def official_state(content: dict, ema: bool = True) -> dict:
     """The tensors of an official file, without the prefixes that DDP and torch.compile put before their names."""
-    name = official_weights(content, ema)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in (content[name] if name else content).items()
+    entries = (content.get(name) for name in (EMA if ema else ()) + RAW)
+    state = next((entry for entry in entries if isinstance(entry, dict)), content)  # the last: a bare state dict
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()
             if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
-def rename(state: dict, names: list) -> dict:
-    """Replaces the official pieces of each tensor's name by ours, in the order of `names`: pairs (theirs, ours)."""
-    out = {}
-    for key, value in state.items():
-        if not key.startswith(IGNORED):
-            for theirs, ours in names:
-                key = key.replace(theirs, ours)
-            out[key] = value
-    return out
+def rename(name: str, pairs: list) -> str:
+    """Our name of an official tensor: replaces pieces of its name in the order of `pairs` (theirs, ours)."""
+    for theirs, ours in pairs:
+        name = name.replace(theirs, ours)
+    return name
 
 
-def count(state: dict, prefix: str) -> int:
+def length(state: dict, prefix: str) -> int:
     """The number of modules in a list, from names like prefix + "3.weight"."""
-    return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
+    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
 
 # Pieces of the tensors' names: theirs, ours. What is not listed is the same in both.
-AUTOENCODER_NAMES = [(".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"),
-                     ("proj_out", "proj")]
-VQ_NAMES = AUTOENCODER_NAMES + [
-    (".conv_blocks.", ".levels."), (".res.", ".blocks."), ("quantize.embedding", "codebook")]
-KL_NAMES = AUTOENCODER_NAMES + [
-    (".down.", ".levels."), (".up.", ".levels."), (".block.", ".blocks."),
+AUTOENCODER_NAMES = [
+    (".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"), ("proj_out", "proj"),
+    (".conv_blocks.", ".levels."), (".res.", ".blocks."), ("quantize.embedding", "codebook"),           # LlamaGen
+    (".down.", ".levels."), (".up.", ".levels."), (".block.", ".blocks."),                              # CompVis, MAR
     ("mid.block_1", "mid.0"), ("mid.attn_1", "mid.1"), ("mid.block_2", "mid.2")]
 PRIOR_NAMES = [
-    ("cls_embedding.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"),
-    ("layers.", "blocks."), (".attention.", "."), (".feed_forward.", ".")]
+    ("cls_embedding.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"), ("layers.", "blocks."),
+    (".attention.", "."), (".feed_forward.", ".")]
 GENERATOR_NAMES = [
-    ("class_emb.", "class_embedding."), ("fake_latent", "fake_class"),
-    ("z_proj_ln", "encoder_in_norm"), ("z_proj", "latent_in"), ("decoder_embed", "decoder_in"),
-    ("diffusion_pos_embed_learned", "output_positions"), ("pos_embed_learned", "positions"),
-    (".attn.", "."), (".mlp.fc", ".fc"),
-    ("diffloss.", "head."), ("time_embed.mlp", "time"), ("cond_embed", "cond"), ("input_proj", "input"),
-    ("res_blocks", "blocks"), ("in_ln", "norm"), ("final_layer.linear", "output"),
-    ("final_layer.adaLN_modulation.1", "output_modulation"), ("adaLN_modulation.1", "modulation")]
+    ("class_emb.", "class_embedding."), ("fake_latent", "fake_class"), ("z_proj_ln", "encoder_in_norm"),
+    ("z_proj", "latent_in"), ("decoder_embed", "decoder_in"), ("diffusion_pos_embed_learned", "output_positions"),
+    ("pos_embed_learned", "positions"), (".attn.", "."), (".mlp.fc", ".fc"), ("diffloss.", "head."),
+    ("time_embed.mlp", "time"), ("cond_embed", "cond"), ("input_proj", "input"), ("res_blocks", "blocks"),
+    ("in_ln", "norm"), ("final_layer.linear", "output"), ("final_layer.adaLN_modulation.1", "output_modulation"),
+    ("adaLN_modulation.1", "modulation")]
 
 
 def autoencoder_sizes(state: dict) -> dict:
     """ch, ch_mult, z_channels and blocks from the shapes of tensors under our names."""
     ch = len(state["encoder.conv_in.weight"])
-    levels = range(count(state, "encoder.levels."))
+    levels = range(length(state, "encoder.levels."))
     return dict(ch=ch, ch_mult=tuple(len(state[f"encoder.levels.{i}.blocks.0.conv1.weight"]) // ch for i in levels),
-                z_channels=state["decoder.conv_in.weight"].shape[1], blocks=count(state, "encoder.levels.0.blocks."))
+                z_channels=state["decoder.conv_in.weight"].shape[1], blocks=length(state, "encoder.levels.0.blocks."))
 
 
 def convert_vq(path, content, state):
@@ -324,24 +281,18 @@ def convert_vq(path, content, state):
 
 
 def convert_kl(path, content, state):
-    lowest = count(state, "encoder.levels.") - 1
-
-    def reverse(key):  # their decoder numbers its levels from the highest resolution, ours from the lowest
-        if not key.startswith("decoder.levels."):
-            return key
-        level, rest = key.removeprefix("decoder.levels.").split(".", 1)
-        return f"decoder.levels.{lowest - int(level)}.{rest}"
-
-    state = {reverse(key): value for key, value in state.items()}
+    lowest = length(state, "encoder.levels.") - 1
+    # Their decoder numbers its levels from the highest resolution, ours from the lowest.
+    ours = lambda level: f"decoder.levels.{lowest - int(level[1])}."
+    state = {re.sub(r"^decoder\.levels\.(\d+)\.", ours, key): value for key, value in state.items()}
     config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
                       decoder_attention="decoder.levels.0.attn.0.q.weight" in state)
     return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state
 
 
 def convert_prior(path, content, state):
-    (vocab, dim), layers = state["code_embedding.weight"].shape, count(state, "blocks.")
-    if dim == 3200:
-        raise UserError(f"{path} is LlamaGen's 3B, which is not supported; take B, L, XL or XXL.")
+    (vocab, dim), layers = state["code_embedding.weight"].shape, length(state, "blocks.")
+    refuse([(dim == 3200, f"{path} is LlamaGen's 3B, which is not supported; take B, L, XL or XXL")])
     args, table = content.get("args"), official_state(content).get("freqs_cis")
     if table is not None:
         grid = round((len(table) - 1) ** 0.5)  # a row for each position and one for the class
@@ -359,27 +310,25 @@ def convert_generator(path, content, state):
     classes, dim = state["class_embedding.weight"].shape
     L = state["output_positions"].shape[1]
     return GeneratorConfig(
-        fusion="none", dim=dim, depth=count(state, "encoder_blocks."),
+        fusion="none", dim=dim, depth=length(state, "encoder_blocks."),
         heads={768: 12, 1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),  # no tensor tells; these are MAR's
         prefix=state["encoder_positions"].shape[1] - L, grid=round(L**0.5),
-        token_dim=state["latent_in.weight"].shape[1], classes=classes, head_depth=count(state, "head.net.blocks."),
+        token_dim=state["latent_in.weight"].shape[1], classes=classes, head_depth=length(state, "head.net.blocks."),
         head_width=len(state["head.net.cond.weight"])), state
 
 
 OFFICIAL = {  # kind: a tensor that no other kind has, the names, convert(path, content, renamed state) -> config, state
-    "vq": ("quantize.embedding.weight", VQ_NAMES, convert_vq),
-    "kl": ("encoder.down.0.block.0.conv1.weight", KL_NAMES, convert_kl),
+    "vq": ("quantize.embedding.weight", AUTOENCODER_NAMES, convert_vq),
+    "kl": ("encoder.down.0.block.0.conv1.weight", AUTOENCODER_NAMES, convert_kl),
     "prior": ("cls_embedding.embedding_table.weight", PRIOR_NAMES, convert_prior),
     "generator": ("diffloss.net.cond_embed.weight", GENERATOR_NAMES, convert_generator)}
 
 
 def author(kind: str, config) -> str:
     """Who published an official file of this kind and config."""
-    if kind != "kl":
-        return "MAR" if kind == "generator" else "LlamaGen"
-    if not config.decoder_attention:  # the levels of MAR's decoder have none; both others have it there
-        return "MAR"
-    return "VA-VAE" if config.z_channels == 32 else "CompVis"
+    if kind == "kl" and config.decoder_attention:  # MAR's decoder has attention in its middle only
+        return "VA-VAE" if config.z_channels == 32 else "CompVis"
+    return "MAR" if kind in ("kl", "generator") else "LlamaGen"
 
 
 # ------------------------------------------------------------------------------------------------------- as a script
@@ -394,27 +343,23 @@ SUMMARIES = {  # kind: what it is; its sizes; what must fit other files and the 
 def describe(path: str) -> str:
     """Three lines: whose file it is and what it holds; its sizes; what it fits, and its name in a run directory."""
     content = read(path)
-    own, weights = "format" in content, official_weights(content)
-    kind = kind_of(path, content, official_state(content))
-    if kind not in CONFIGS:
-        raise UserError(f"{path} holds {kind}, not the weights of a model; give a file like generator.pt.")
+    kind, own = kind_of(path, content), "format" in content
+    refuse([(kind not in CONFIGS, f"{path} holds {kind}, not the weights of a model; give a file like kl.pt")])
     config, state = parse(path, kind, content)
-    with torch.device("meta"):
-        check_tensors(path, kind, MODULES[kind](config), state)
     whose = "this repository's" if own else f"{author(kind, config)}'s"
-    average = "no EMA in the file" if not own and weights not in EMA else "EMA"  # train.py saves the EMA
+    ema = own or any(isinstance(content.get(name), dict) for name in EMA)  # train.py saves the EMA
     values = asdict(config)
     if kind in ("vq", "kl"):
         values["stride"] = config.unshuffle * 2 ** (len(config.ch_mult) - 1)
     else:
         values["pixels"] = None if own else 16 * config.grid  # the official tokenizers have a stride of 16
-    if kind == "kl" and config.scale is None:
-        values["scale"] = "not known, data.py measures it"
+    values["scale"] = values.get("scale") or "not known, data.py measures it"  # only a KL tokenizer's is listed
     if kind == "generator" and not FUSIONS[config.fusion].reads_codes:
         values["vocab"] = None
     listed = lambda names: ", ".join(f"{n} {values[n]}" for n in names.split() if values[n] is not None)
     noun, sizes, fits = SUMMARIES[kind]
-    return (f"{path}: {whose} {noun}, {sum(v.numel() for v in state.values()):,} parameters, {average}\n"
+    return (f"{path}: {whose} {noun}, {sum(v.numel() for v in state.values()):,} parameters, "
+            f"{'EMA' if ema else 'no EMA in the file'}\n"
             f"sizes: {listed(sizes)}\nfits: {listed(fits)}; put it into a run directory as {kind}.pt")
 
 
@@ -427,10 +372,8 @@ def copy_in_half_precision(source: str, target: str):
     for kind in kinds:
         path, copy = (os.path.join(folder, f"{kind}.pt") for folder in (source, target))
         content = read(path)
-        if "format" not in content:
-            raise UserError(f"{path} is an official file; copy it as it is.")
+        refuse([("format" not in content, f"{path} is an official file; copy it as it is")])
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
-        content.pop("checksum")
         if "tokenizers" in content:  # their weights have just been rounded
             content["tokenizers"] = {k: checksum(load(os.path.join(target, f"{k}.pt"), k)[1])
                                      for k in ("vq", "kl") if k in kinds}
@@ -445,9 +388,8 @@ def main():
     args = parser.parse_args()
     if args.target is not None:
         copy_in_half_precision(args.source, args.target)
-    elif os.path.isdir(args.source):
-        raise UserError(f"{args.source} is a folder; give a file in it, or a second folder to copy the run to.")
     else:
+        refuse([(os.path.isdir(args.source), f"{args.source} is a folder; give a file in it, or a target for a copy")])
         print(describe(args.source))
 
 

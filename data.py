@@ -8,13 +8,9 @@ An image folder has one folder per class. A file `classes.tsv` in it (columns fo
 external id and name; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet is the usual index.
 
 The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
-crop. Training therefore runs no encoder. A cache is a folder with
-
-    part-000.npy, part-001.npy, ...   arrays [n, V] of entries; an entry is one view of one image, see `entry_type`
-    header.json                       what the cache was made from and with, and which images could not be read
-
-One process makes a part, and the file of a part is either whole or absent. After a stop, the same command makes the
-parts that are missing.
+crop. Training therefore runs no encoder. `header.json` says what data.py made the cache from, and which images could
+not be read. `part-000.npy`, `part-001.npy`, ... are arrays [n, V] of entries (`entry_type`), one for each view of each
+image. The file of a part is either whole or absent. After a stop, the same command makes the missing parts.
 
 train.py reads `Folder` in stage 0 and `Cache` in stages 1 and 2. `Order` decides for both which images step k of a run
 sees. sample.py and fid.py call `read_image`.
@@ -26,6 +22,8 @@ import os
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import chain, cycle, islice, pairwise
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoints
 from faults import run_script
-from runtime import UserError, barrier, print0, setup, sweep, write_file
+from runtime import UserError, barrier, print0, refuse, setup, sweep, write_file, write_json
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -42,7 +40,7 @@ MAX_PIXELS = 2**26  # per image: 64 million
 FORMAT = 3   # of a cache
 CHUNK = 64   # images that go through the tokenizers together
 PARTS = 512  # files of a cache at most; training keeps all of them open
-AGAIN = "remove {} and run the same data.py command again, which makes it again"
+AGAIN = "remove it and run the same data.py command again"
 
 Image.MAX_IMAGE_PIXELS = None  # PIL's limit first only warns; `open_image` refuses by MAX_PIXELS before it decodes
 
@@ -70,16 +68,14 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
 def open_image(path: str, size: int | None = None, upright=False) -> Image.Image | None:
     """The picture in RGB, its transparent parts on white. None if the file is no readable image or is too large.
 
-    size: of the crop that the caller will make. upright: turn the picture as the camera's EXIF note says. ADM's loader
-    ignores the note, and so do training and evaluation.
+    size: of the crop that the caller will make. upright: obey the camera's EXIF note, which ADM's loader ignores.
     """
     try:
         with Image.open(path) as image:
             enlarged = max(1, size / min(image.size)) if size else 1  # the crop enlarges a narrow strip before it cuts
             if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
-            if upright:
-                image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image) if upright else image
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -93,16 +89,13 @@ def open_image(path: str, size: int | None = None, upright=False) -> Image.Image
 def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
     """-> uint8 [3, size, size], the centre crop; the whole picture if size is None. None as in `open_image`."""
     image = open_image(path, size, upright)
-    if image is None:
-        return None
-    return np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
+    return image and np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
 
 
 def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
     """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
 
-    A random crop depends on the picture, the key and the number of the view only. data.py therefore makes the same
-    bytes after a stop and on every number of ranks.
+    A random crop depends on the picture, the key and the view's number only: not on stops or the number of ranks.
     """
     image = open_image(path, size)
     if image is None:
@@ -122,16 +115,17 @@ def refuse_many(bad: list, paths: list, then=""):
 
 def to_float(images) -> torch.Tensor:
     """uint8 [...], an array or a tensor -> float32 [...] in [-1, 1], on the tensor's device."""
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-    return images.float() / 127.5 - 1
+    return torch.as_tensor(images).float() / 127.5 - 1
 
 
 def find_images(root: str):
     """-> (relative paths, labels, classes as [external id, name]), in sorted order."""
-    if not os.path.isdir(root):
-        raise UserError(f"{root} is not a folder; give a folder with one folder of images per class.")
-    folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+    is_image = lambda name: name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    try:
+        folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+        files = {f: sorted(filter(is_image, os.listdir(os.path.join(root, f)))) for f in folders}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; give a folder of class folders.") from None
     if folders and set(folders) <= {"train", "val", "valid", "test"}:
         raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one, e.g. {root}/{folders[0]}.")
     classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
@@ -140,20 +134,12 @@ def find_images(root: str):
         raise UserError(f"{root}/classes.tsv gives the id {max(ids, key=ids.count)} twice; every class needs its own.")
     if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/classes.tsv has no line for the folder {min(unknown)}; add one or remove the file.")
-    classes, paths, labels = {f: v for f, v in classes.items() if f in folders}, [], []
-    for label, folder in enumerate(classes):
-        try:
-            names = os.listdir(os.path.join(root, folder))
-        except OSError as error:
-            raise UserError(f"cannot read {root}/{folder}: {error.strerror}.") from None
-        files = sorted(f for f in names if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
-        if not files:
-            print0(f"note: {root}/{folder} holds no images; it counts as a class all the same")
-        paths += [f"{folder}/{f}" for f in files]
-        labels += [label] * len(files)
-    if not paths:
-        raise UserError(f"{root} holds no images; it needs one folder per class with PNG, JPEG or WebP files in it.")
-    return paths, labels, list(classes.values())
+    folders = [f for f in classes if f in files]
+    for empty in (f for f in folders if not files[f]):
+        print0(f"note: {root}/{empty} holds no images; it counts as a class all the same")
+    paths = [f"{f}/{name}" for f in folders for name in files[f]]
+    refuse([(not paths, f"{root} holds no images; it needs one folder per class with PNG, JPEG or WebP files")])
+    return paths, [label for label, f in enumerate(folders) for _ in files[f]], [classes[f] for f in folders]
 
 
 # ---------------------------------------------------------------------------------------------- the files of a cache
@@ -167,19 +153,26 @@ def entry_type(h: dict) -> np.dtype:
                      ("sum", np.uint32)])                     # CRC-32 of the bytes above; every read checks it
 
 
-def entry_sum(entry) -> int:
-    return zlib.crc32(entry.tobytes()[:-4])
+def sums(entries: np.ndarray) -> np.ndarray:
+    return np.reshape([zlib.crc32(entry.tobytes()[:-4]) for entry in entries.flat], entries.shape)  # -4: `sum`
+
+
+def checked(entries: np.memmap) -> np.ndarray:
+    """A copy of entries of a part, in memory, after a look at their checksums."""
+    copy = np.array(entries)
+    if (copy["sum"] != sums(copy)).any():
+        raise UserError(f"{entries.filename} is damaged: its checksums do not fit; {AGAIN}.")
+    return copy
 
 
 def part_files(path: str, h: dict) -> dict:
     """file -> range of the images in it, for each part of a cache."""
-    starts = range(0, h["images"], h["part"])
-    return {os.path.join(path, f"part-{p:03d}.npy"): range(start, min(start + h["part"], h["images"]))
-            for p, start in enumerate(starts)}
+    return {os.path.join(path, f"part-{p:03d}.npy"): range(h["images"])[start:start + h["part"]]
+            for p, start in enumerate(range(0, h["images"], h["part"]))}
 
 
-def open_part(file: str, numbers: range, h: dict) -> np.ndarray:
-    """-> the entries [n, V] of these n images, memory-mapped."""
+def open_part(file: str, numbers: range, h: dict) -> np.memmap:
+    """-> the entries [n, V] of these n images."""
     try:
         entries = np.load(file, mmap_mode="r")
         if entries.dtype == entry_type(h) and entries.shape == (len(numbers), h["views"]):
@@ -187,35 +180,33 @@ def open_part(file: str, numbers: range, h: dict) -> np.ndarray:
     except Exception as error:  # numpy may raise almost anything on a damaged file
         if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
             raise UserError(f"cannot open {file}: {error.strerror}.") from None
-    raise UserError(f"{file} is missing or damaged; {AGAIN.format(file)}.")
-
-
-def read_header(path: str) -> dict:
-    file = os.path.join(path, "header.json")
-    try:
-        with open(file) as f:
-            header = json.load(f)
-        changed = header["checksum"] != text_hash({k: v for k, v in header.items() if k != "checksum"})
-    except (FileNotFoundError, NotADirectoryError):
-        command = f"python data.py --images DIR --run RUN --out {path}"
-        raise UserError(f"{path} is not a token cache; make one: {command}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # JSON's errors are ValueErrors
-        raise UserError(f"{file} is damaged; remove {path} and make the cache again.") from None
-    if changed or header["format"] != FORMAT:
-        what = f"{file} was changed" if changed else f"{path} was made by another version of data.py"
-        raise UserError(f"{what}; remove {path} and make the cache again.")
-    return header
-
-
-def write_header(path: str, header: dict):
-    content = json.dumps({**header, "checksum": text_hash(header)}, indent=1).encode()
-    write_file(os.path.join(path, "header.json"), lambda f: f.write(content))
+    raise UserError(f"{file} is missing or damaged; {AGAIN}.")
 
 
 def text_hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_header(path: str, header: dict):
+    write_json(os.path.join(path, "header.json"), {**header, "checksum": text_hash(header)})
+
+
+def read_header(path: str) -> dict:
+    """The header of a cache without its checksum."""
+    file = os.path.join(path, "header.json")
+    if not os.path.isfile(file):
+        raise UserError(f"{path} is not a token cache; make one: python data.py --images DIR --run RUN --out {path}")
+    try:
+        with open(file) as f:
+            header = json.load(f)
+        right = header.pop("checksum") == text_hash(header) and header["format"] == FORMAT
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # JSON's errors are ValueErrors
+        right = False
+    if not right:
+        raise UserError(f"{file} is damaged, changed or of another format; remove {path} and make the cache again.")
+    return header
 
 
 # ------------------------------------------------------------------------------------------------ what training reads
@@ -232,41 +223,33 @@ class Order:
         self.classes = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
         self.share = -(-len(images) // len(self.classes))  # images per class and epoch
         self.seed, self.views = seed, views
-        self.kept = {}  # the last two epochs asked for: a thread that loads ahead may be in the next epoch already
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: a thread that loads ahead may be in the next epoch already
 
     def __len__(self):
         return self.share * len(self.classes)
 
-    def draw(self, number: int):
-        """-> images and views of epoch `number`; they depend on nothing but the seed and this number."""
+    def draw(self, number: int) -> np.ndarray:
+        """-> [2, images per epoch]: the images of an epoch and their views, from nothing but the seed and `number`."""
         random, images = np.random.default_rng((self.seed, number)), []
         for members in self.classes:
             rounds = -(-self.share // len(members))
             images.append(np.concatenate([random.permutation(members) for _ in range(rounds)])[:self.share])
         images = images[0] if len(images) == 1 else random.permutation(np.concatenate(images))
-        return images, random.integers(self.views, size=len(images))
+        return np.stack([images, random.integers(self.views, size=len(images))])
 
-    def epoch(self, number: int):
-        kept = self.kept  # read once, and replaced as a whole below: another thread may do the same
-        if number not in kept:
-            self.kept = kept = {**dict(list(kept.items())[-1:]), number: self.draw(number)}
-        return kept[number]
-
-    def __call__(self, numbers):
-        """n sample numbers -> arrays [n] of images and of views."""
-        places = [divmod(number, len(self)) for number in numbers]
-        images, views = zip(*((self.epoch(e)[0][i], self.epoch(e)[1][i]) for e, i in places))
-        return np.array(images), np.array(views)
+    def __call__(self, numbers) -> np.ndarray:
+        """n sample numbers -> [2, n]: images and views."""
+        places = (divmod(number, len(self)) for number in numbers)
+        return np.stack([self.epoch(e)[:, i] for e, i in places], axis=1)
 
 
 class Folder:
     """Images of a folder, for the tokenizers: `batch(numbers)` -> float32 [n, 3, size, size] in [-1, 1]."""
 
     def __init__(self, root: str, size: int, seed: int = 0):
-        self.root, self.size = root, size
-        self.paths, self.labels, self.classes = find_images(root)
+        self.root, self.size, self.unreadable = root, size, []
+        self.paths, _, self.classes = find_images(root)
         self.order, self.threads = Order(np.arange(len(self.paths)), seed), ThreadPoolExecutor(4)
-        self.unreadable = {}  # path -> None: a set that keeps its order
         self.identity = text_hash(self.paths)
 
     def __len__(self):
@@ -274,11 +257,11 @@ class Folder:
 
     def _read(self, image, view):
         """The centre crop of an image, mirrored in view 1. The next image takes the place of an unreadable one."""
-        while (pixels := read_image(os.path.join(self.root, self.paths[image]), self.size)) is None:
-            if self.paths[image] not in self.unreadable:
-                self.unreadable[self.paths[image]] = None
-                print0(f"note: {self.root}/{self.paths[image]} cannot be read; the next image takes its place")
-            refuse_many(list(self.unreadable), self.paths)
+        while (pixels := read_image(os.path.join(self.root, path := self.paths[image]), self.size)) is None:
+            if path not in self.unreadable:
+                self.unreadable.append(path)
+                print0(f"note: {self.root}/{path} cannot be read; the next image takes its place")
+            refuse_many(self.unreadable, self.paths)
             image = (image + 1) % len(self.paths)
         return pixels[:, :, ::-1] if view else pixels
 
@@ -287,17 +270,13 @@ class Folder:
 
 
 class Cache:
-    """A token cache: `batch(numbers)` -> codes [n, L] int64, moments [n, 2z, h, w] float16, classes [n] int64.
-
-    balanced: draw every class equally often, see `Order`.
-    """
+    """A token cache. `balanced` as in `Order`: it shows every class equally often."""
 
     def __init__(self, path: str, seed: int = 0, balanced: bool = False):
         self.path, self.header = path, read_header(path)
         h = self.header
-        if not h["complete"]:
-            raise UserError(f"the cache {path} is not complete; run the same data.py command again, it continues.")
-        self.classes, self.scale, self.identity = h["classes"], h["scale"], h["checksum"]
+        refuse([(not h["complete"], f"the cache {path} is not complete; run the same data.py command again")])
+        self.classes, self.scale, self.identity = h["classes"], h["scale"], text_hash(h)
         self.parts = [open_part(file, numbers, h) for file, numbers in part_files(path, h).items()]
         labels = np.repeat(np.arange(len(h["counts"])), h["counts"])  # images are numbered class by class
         readable = np.delete(np.arange(h["images"]), h["skipped"])
@@ -309,20 +288,16 @@ class Cache:
 
     def check_tokenizer(self, kind: str, model, path: str):
         """Refuses tokenizers other than those that made the cache."""
-        if checkpoints.checksum(model.state_dict()) != self.header[kind]:
-            raise UserError(f"the cache {self.path} was made with another {kind} tokenizer than {path}; "
-                            f"make it again: python data.py --images DIR --run {os.path.dirname(path)} --out CACHE")
+        other = checkpoints.checksum(model.state_dict()) != self.header[kind]
+        refuse([(other, f"{self.path} was made with another {kind} tokenizer than {path}; make it again with data.py")])
 
     def entry(self, image, view):
-        """One view of one image: a record with the fields of `entry_type`, after a look at its checksum."""
+        """One view of one image: a record with the fields of `entry_type`."""
         p, i = divmod(image, self.header["part"])
-        entry = self.parts[p][i, view]
-        if entry["sum"] != entry_sum(entry):
-            file = list(part_files(self.path, self.header))[p]
-            raise UserError(f"{file} is damaged: the checksum of image {image} does not fit; {AGAIN.format(file)}.")
-        return entry
+        return checked(self.parts[p][i, view:view + 1])[0]
 
     def batch(self, numbers):
+        """n sample numbers -> codes [n, L] int64, moments [n, 2z, h, w] float16, classes [n] int64."""
         entries = [self.entry(image, view) for image, view in zip(*self.order(numbers))]
         stack = lambda field, dtype: torch.from_numpy(np.stack([e[field] for e in entries]).astype(dtype, copy=False))
         return stack("codes", np.int64), stack("moments", np.float16), stack("label", np.int64)
@@ -331,61 +306,46 @@ class Cache:
 def ahead(load, steps):
     """Yields load(step) for each step. A thread loads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = []
-        for step in steps:
-            waiting.append(thread.submit(load, step))
-            if len(waiting) == 2:
-                yield waiting.pop(0).result()
-        yield from (last.result() for last in waiting)
+        jobs = (thread.submit(load, step) for step in steps)
+        for ready, _ in pairwise(chain(jobs, [None])):  # pairwise submits the next job before it yields this one
+            yield ready.result()
 
 
 def batches(data, world, batch: int, micro: int, first: int, last: int):
-    """Yields, pass by pass of the steps first to last - 1, this rank's rows of the global batch and their tensors.
-
-    A rank takes `micro` of the `batch` images in each pass: a slice of the global batch. Tensors are on its device.
-    """
+    """Yields a pair for each pass of the steps first to last - 1: this rank's rows of the global batch, a slice of
+    `micro` images, and their tensors on the rank's device."""
     cuda = world.device.type == "cuda"
-
-    def load(place):
-        step, start = place
-        rows = slice(start, start + micro)
-        tensors = data.batch(range(step * batch, (step + 1) * batch)[rows])
-        return rows, [x.pin_memory() if cuda else x for x in tensors]  # pinned: the copy to the GPU need not wait
-
-    starts = range(world.rank * micro, batch, world.size * micro)  # one per pass
-    for rows, tensors in ahead(load, ((step, start) for step in range(first, last) for start in starts)):
-        yield rows, [x.to(world.device, non_blocking=cuda) for x in tensors]
+    rows = [slice(start, start + micro) for start in range(world.rank * micro, batch, world.size * micro)]  # per pass
+    numbers = (range(step * batch, (step + 1) * batch)[r] for step in range(first, last) for r in rows)
+    load = lambda n: [x.pin_memory() if cuda else x for x in data.batch(n)]  # pinned: the copy to the GPU need not wait
+    for r, tensors in zip(cycle(rows), ahead(load, numbers)):
+        yield r, [x.to(world.device, non_blocking=cuda) for x in tensors]
 
 
 # ------------------------------------------------------------------------------------------------- making a cache
 
 def tokenise(images: str, run: str, out: str, world, size: int | None = None, views=2, seed=0, dry_run=False):
-    """Makes the cache `out` of an image folder with the tokenizers RUN/vq.pt and RUN/kl.pt, or continues to make it.
-
-    size: side of a crop in pixels. seed: of the random crops. Every rank of `world` calls this.
-    """
+    """Makes the cache `out` of an image folder with RUN/vq.pt and RUN/kl.pt, or continues it. All ranks call this."""
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     size = size if size is not None else kl.about.get("image_size", 256)
-    if vq.config.codebook_size > 2**16:
-        raise UserError(f"{run}/vq.pt has {vq.config.codebook_size} codes; a cache holds at most 65,536.")
-    if size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride:
-        raise UserError(f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid.")
+    codes = vq.config.codebook_size
+    refuse([(codes > 2**16, f"{run}/vq.pt has {codes} codes; a cache holds at most 65,536"),
+            (size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride,
+             f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid")])
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
          "seed": seed, "size": size, "grid": size // kl.stride, "channels": kl.config.z_channels,
-         "codebook": vq.config.codebook_size, "classes": classes,
+         "codebook": codes, "classes": classes, "files": text_hash(paths),
          "counts": np.bincount(labels, minlength=len(classes)).tolist(),  # images per class
-         "files": text_hash(paths),
          "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
-    print0(f"{images}: {len(paths):,} images of {len(classes)} classes -> {out}, {size} pixels, {views} views of "
-           f"{h['grid'] ** 2} tokens each")
+    print0(f"{images}: {len(paths):,} images, {len(classes)} classes -> {out}: {size} pixels, {views} views, "
+           f"{h['grid'] ** 2} tokens per view")
     if dry_run:
         return
     if world.rank == 0:
         begin(out, h)
     barrier()
-    read = lambda i: read_views(os.path.join(images, paths[i]), size, views, seed, i)
-    write_parts(out, h, world, paths, labels, read, vq, kl)
+    write_parts(out, h, world, images, paths, labels, vq, kl)
     barrier()
     if world.rank == 0:
         finish(out, h, paths, kl.config.scale)
@@ -394,39 +354,31 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
 
 def begin(out, h):
     """Writes a first header, or checks that the present one belongs to the same images, tokenizers and settings."""
-    missing = {file: numbers for file, numbers in part_files(out, h).items() if not os.path.exists(file)}
+    left = sum(len(numbers) for file, numbers in part_files(out, h).items() if not os.path.exists(file))  # images
     if os.path.exists(os.path.join(out, "header.json")):
         sweep(out)
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
-            raise UserError(f"{out} holds a cache of other images or tokenizers, or with another --size, --views or "
-                            "--seed; choose another --out or remove it.")
-    elif len(missing) < len(part_files(out, h)):
+            raise UserError(f"{out} has other images, tokenizers, --size, --views or --seed; choose another --out.")
+    elif left < h["images"]:
         raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
         write_header(out, {**h, "complete": False})
-    need = sum(map(len, missing.values())) * h["views"] * entry_type(h).itemsize  # bytes
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise UserError(f"cannot write {out}: it needs {need / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB; free "
-                        "some space or choose another --out.")
+    need, free = left * h["views"] * entry_type(h).itemsize / 1e6, shutil.disk_usage(out).free / 1e6  # MB
+    refuse([(need > free, f"{out} needs {need:,.0f} MB, the disk has {free:,.0f}; free some space or change --out")])
 
 
-def write_parts(out, h, world, paths, labels, read, vq, kl):
-    """Makes this rank's share of the missing parts. read(image number) -> its views, as `read_views`.
-
-    A file appears when its part is whole, so a kill loses at most one part per rank.
-    """
-    mine = list(part_files(out, h).items())[world.rank::world.size]
-    mine = [(file, numbers) for file, numbers in mine if not os.path.exists(file)]
+def write_parts(out, h, world, images, paths, labels, vq, kl):
+    """Makes this rank's share of the missing parts. A file appears when its part is whole: a kill loses one at most."""
+    mine = [x for x in list(part_files(out, h).items())[world.rank::world.size] if not os.path.exists(x[0])]
     chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
     threads, bad = ThreadPoolExecutor(4), []
-    loaded = zip(chunks, ahead(lambda chunk: list(threads.map(read, chunk)), chunks))
+    read = lambda i: read_views(os.path.join(images, paths[i]), h["size"], h["views"], h["seed"], i)
+    loaded = ahead(lambda chunk: (chunk, list(threads.map(read, chunk))), chunks)
     with tqdm(total=sum(map(len, chunks)), unit=" images", desc="tokenise", disable=world.rank > 0) as bar:
         for file, numbers in mine:
             entries = []
-            while sum(map(len, entries)) < len(numbers):
-                chunk, pixels = next(loaded)
+            for chunk, pixels in islice(loaded, -(-len(numbers) // CHUNK)):  # the chunks of this part
                 bad += [paths[i] for i, x in zip(chunk, pixels) if x is None]
                 refuse_many(bad, paths, f", then remove {out} and run again")
                 entries.append(encode(pixels, labels[chunk.start:chunk.stop], h, vq, kl, world.device))
@@ -439,42 +391,36 @@ def encode(pixels: list, labels: list, h: dict, vq, kl, device) -> np.ndarray:
     entries = np.zeros((len(pixels), h["views"]), entry_type(h))
     black = np.zeros((h["views"], 3, h["size"], h["size"]), np.uint8)
     images = torch.from_numpy(np.stack([black if x is None else x for x in pixels])).to(device)
+    entries["label"] = [[-1 if x is None else label] for x, label in zip(pixels, labels)]
     for v in range(h["views"]):
         view = to_float(images[:, v])                                                # [n, 3, size, size]
         entries["codes"][:, v] = vq.encode(view).cpu().numpy()
         entries["moments"][:, v] = kl.encode(view).cpu().numpy()
-        entries["label"][:, v] = [-1 if x is None else label for x, label in zip(pixels, labels)]
-    for place in np.ndindex(entries.shape):
-        entries["sum"][place] = entry_sum(entries[place])
+    entries["sum"] = sums(entries)
     return entries
 
 
 def finish(out, h, paths, file_scale):
     """Checks all checksums, measures the scale of the latents over all images and views, completes the header."""
     skipped = []
-    scale = latent_scale(checked_moments(out, h, skipped))
-    if not np.isfinite(scale):
-        raise UserError(f"{out} holds latents that are not finite; kl.pt is damaged or was trained badly.")
+
+    def moments():  # [n*V, 2z, h, w] of chunk after chunk, without the unreadable images
+        for file, numbers in part_files(out, h).items():
+            part = open_part(file, numbers, h)
+            for i in range(0, len(part), CHUNK):
+                entries = checked(part[i:i + CHUNK])
+                readable = entries["label"][:, 0] >= 0
+                skipped.extend(numbers[i + k] for k in np.flatnonzero(~readable))
+                yield torch.from_numpy(entries["moments"][readable]).flatten(0, 1)
+
+    scale = latent_scale(moments())
+    refuse([(not np.isfinite(scale), f"{out} holds latents that are not finite; kl.pt is damaged or badly trained")])
     bad = [paths[i] for i in skipped]
     refuse_many(bad, paths, f", then remove {out} and run again")
     write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
-    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, {len(h['classes'])} classes, "
-           f"latent scale {scale:.4f}")
+    print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, latent scale {scale:.4f}")
     if file_scale and abs(scale / file_scale - 1) > 0.05:
         print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
-
-
-def checked_moments(out, h, skipped: list):
-    """Yields the moments [n*V, 2z, h, w] of chunk after chunk, and appends the unreadable images to `skipped`."""
-    for file, numbers in part_files(out, h).items():
-        part = open_part(file, numbers, h)
-        for i in range(0, len(part), CHUNK):
-            entries = np.array(part[i:i + CHUNK])
-            if any(entry["sum"] != entry_sum(entry) for entry in entries.flat):
-                raise UserError(f"{file} is damaged: its checksums do not fit; {AGAIN.format(file)}.")
-            readable = entries["label"][:, 0] >= 0
-            skipped += [numbers[i + k] for k in np.flatnonzero(~readable)]
-            yield torch.from_numpy(entries["moments"][readable]).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------- toy pictures and the command line
@@ -505,15 +451,15 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
     return image.resize((size, size), Image.BOX)
 
 
-def write_toy(count: int, out: str, seed: int = 0):
-    """Writes toy pictures as an image folder. Picture i depends on i and the seed only, not on their count."""
+def write_toy(count: int, out: str):
+    """Writes toy pictures as an image folder. Picture i depends on i only, not on their count."""
     names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
     for name in names:
         os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
     with open(os.path.join(out, "classes.tsv"), "w") as f:
         f.write("folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names)))
     for i in tqdm(range(count), unit=" images", desc="toy"):
-        picture = toy_picture(i % 10, np.random.default_rng((seed, i)))
+        picture = toy_picture(i % 10, np.random.default_rng((0, i)))
         picture.save(os.path.join(out, names[i % 10].replace(" ", "_"), f"{i:06d}.png"))
 
 
@@ -524,26 +470,23 @@ def main():
     parser.add_argument("--toy", type=int, metavar="N", help="write N toy pictures instead")
     parser.add_argument("--out", required=True, help="the cache, or the folder of toy pictures")
     parser.add_argument("--size", type=int, help="side of a crop in pixels (default: kl.pt's, or 256)")
-    parser.add_argument("--views", type=int, default=2, help="views of each image: centre crop, its mirror image, then "
-                        "random crops (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=2, help="of each image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random crops (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
     args = parser.parse_args()
-    if args.toy is not None:
-        if args.toy < 1:
-            raise UserError("--toy needs a number of pictures of at least 1.")
-        if args.dry_run:
-            return print(f"{args.toy:,} toy pictures of 10 classes -> {args.out}")
+    refuse([(args.toy is not None and args.toy < 1, "--toy needs a number of pictures of at least 1"),
+            (args.toy is None and not (args.images and args.run), "give --images DIR and --run RUN, or --toy N"),
+            (args.views < 1 or args.seed < 0, "--views must be at least 1 and --seed at least 0")])
+    if args.toy is None:
+        tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.views, args.seed, args.dry_run)
+    elif args.dry_run:
+        print(f"{args.toy:,} toy pictures of 10 classes -> {args.out}")
+    else:
         try:
-            return write_toy(args.toy, args.out)
+            write_toy(args.toy, args.out)
         except OSError as error:
             raise UserError(f"cannot write to {args.out}: {error.strerror}.") from None
-    if not args.images or not args.run:
-        raise UserError("give --images DIR and --run RUN to tokenise, or --toy N; see --help.")
-    if args.views < 1 or args.seed < 0:
-        raise UserError("--views must be at least 1 and --seed at least 0.")
-    tokenise(args.images, args.run, args.out, setup(args.device), args.size, args.views, args.seed, args.dry_run)
 
 
 if __name__ == "__main__":

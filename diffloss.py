@@ -14,13 +14,14 @@ improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timestep
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
 
-Precision. At 100 steps the first reverse step multiplies an error of eps by x_from_eps * mean_x0 = 316 (632 at 50
-steps), because abar[999] is only 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 that is 1.2, more than
-one standard deviation of the latents: the rounding would drown the picture. Therefore autocast is off in loss and
-sample, and what touches x and eps directly, the layers `input` and `output`, runs in fp32. The blocks between may
-round the inputs of their products to TF32 (0.05%): each result is a sum of hundreds of products whose errors largely
-cancel. Measured on the head of weights/tiny, with the roundings imitated on a CPU, 100 steps: TF32 in the blocks
-changes the samples by 0.5%, bf16 everywhere by 15%.
+Precision. The first reverse step multiplies an error of eps by 316 at 100 steps, or by 632 at 50: eps gives x_0, which
+gives the mean of the next x (x_from_eps * mean_x0 of Schedule), and abar at the noisiest timestep is only 2.4e-9. bf16
+rounds a value near 1 by up to 0.4%. Times 316 that is 1.2, more than one standard deviation of the latents; later steps
+correct most of it, not all. Therefore autocast is off in loss and sample. In the forward pass the layers `input`, which
+sums only C products, and `output`, which stands right before the factor 316, run in fp32; they are cheap. The blocks
+may round the inputs of their products to TF32 (0.05%): each result sums hundreds of products whose errors largely
+cancel. Measured on a small trained head with the roundings imitated on a CPU, 100 steps, as root mean square of the
+change over that of the samples: 0.5% by TF32 in the blocks, 15% by bf16 everywhere.
 """
 import math
 from contextlib import contextmanager
@@ -165,12 +166,13 @@ class DiffusionHead(nn.Module):
         for name, values in vars(Schedule()).items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
-    def loss(self, x, z, t=None, noise=None):
+    def loss(self, x, z, t=None, noise=None, net=None):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None. Pass t [M, N] and noise [M, N, C] for M draws per row; the
         result is then [M, N]. IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step
-        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps.
+        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps. net: another
+        form of self.net, which fast.py brings.
         """
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
@@ -178,7 +180,7 @@ class DiffusionHead(nn.Module):
             noise = torch.randn(*t.shape, x.shape[-1], device=x.device) if noise is None else noise
             at = lambda coefficients: coefficients[t][..., None]                # [..., N, 1]
             x_t = at(self.signal) * x + at(self.sigma) * noise                  # DDPM Eq. 4
-            eps, v = self.net(x_t, t, z).chunk(2, dim=-1)                       # each [..., N, C]
+            eps, v = (net or self.net)(x_t, t, z).chunk(2, dim=-1)              # each [..., N, C]
             low, high = at(self.min_logvar), at(self.max_logvar)
             logvar = self.log_variance(v, low, high)
             x0 = at(self.x_from_xt) * x_t - at(self.x_from_eps) * eps.detach()
@@ -226,7 +228,7 @@ class DiffusionHead(nn.Module):
 
     @staticmethod
     def log_variance(v, low, high):
-        """IDDPM Eq. 15, with v in [-1, 1] as in its code: -1 gives `low`, 1 gives `high`. v is not clamped."""
+        """IDDPM Eq. 15 as in its code: v = -1 gives `low`, v = 1 gives `high`; v may leave this range."""
         f = (v + 1) / 2
         return f * high + (1 - f) * low
 

@@ -6,8 +6,9 @@
     fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, draws.mask, draws.t,
                                                                   draws.noise, draws.null)
 
-The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (with
-dropout, only in distribution). The tests assert it for every fusion. train.py and sample.py call these functions;
+The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (where it
+decides between two codes, they may differ; with dropout they agree in distribution). The tests assert it for every
+fusion. train.py and sample.py call these functions;
 `sample.py --plain` calls the plain ones. Each section says what is rewritten, why it is exact and what it saves. The
 ratios, plain time over fast time, were measured on two CPU cores with `python tools/bench.py`; docs/speed.md has all.
 """
@@ -86,14 +87,17 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # SiLU(time + z). SiLU is not linear, so a projection does not split into a time part and a z part: each (step, token)
 # needs its own. But none depends on x, so one product computes the projections of several steps and reads the weights
-# once for all of them. Exact: the same sums, earlier. Saves a factor of HEAD_RATIO (4 guided rows, 100 steps).
+# once for all of them. TF32 is allowed where HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor
+# of HEAD_RATIO (4 guided rows, 100 steps).
 
 ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row takes (3 * depth + 2) * width floats
 
 
 @lru_cache
-def respaced(steps, t_max) -> Schedule:
-    return Schedule(spaced_timesteps(steps, t_max))
+def respaced(steps, t_max, device):
+    """-> the Schedule of these steps, and its timesteps [S] on the device. The host waits for a copy, so copy once."""
+    s = Schedule(spaced_timesteps(steps, t_max))
+    return s, torch.tensor(s.timesteps, device=device)
 
 
 def modulations(net, y):
@@ -124,13 +128,13 @@ def body(net, x, several, j):
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
                 graphs=None):
     """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA."""
-    N, C, s, guided = len(z), head.config.token_dim, respaced(steps, t_max), cfg != 1
+    N, C, guided, (s, timesteps) = len(z), head.config.token_dim, cfg != 1, respaced(steps, t_max, z.device)
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        times = head.net.embed_time(torch.tensor(s.timesteps, device=z.device))      # [S, width]
-        cfg = torch.tensor(float(cfg), device=z.device)  # a tensor: one graph serves every guidance
+        times = head.net.embed_time(timesteps)                                       # [S, width]
+        cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
         loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)
         if graphs is None:
             return loop(z, times, noise, cfg)
@@ -203,13 +207,13 @@ class Graphs:
 #    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
 #    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
-#    each cross-attention computes from it, are computed once per image instead of once per iteration. The null branch
-#    is the same for all images: it is computed once and shared by all calls for a model.
+#    each cross-attention computes from it, are computed once per image instead of once per iteration. For the null
+#    class they are the same for all images: a caller may compute them once (null_condition) for all its calls.
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
 # Exact: every row is computed from the same rows as before. All of it, with the head's loop above, saves a factor of
-# GENERATE_RATIO (MAR-B, 64 iterations x 100 steps, batch 1). Training uses the first idea.
+# GENERATE_RATIO (MAR-B, 64 iterations x 100 steps, batch 1). Training uses the first idea and head_net.
 
 class Prepared(NamedTuple):
     """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
@@ -222,13 +226,13 @@ class Prepared(NamedTuple):
 @torch.no_grad()
 def prepare(model, classes, codes) -> Prepared:
     fused = model.fuse(classes, codes)
-    read = lambda b: None if fused.context is None else b.cross.attention.keys_values(fused.context)
+    read = lambda b: None if b.cross is None else b.cross.attention.keys_values(fused.context)
     return Prepared(fused.prefix, fused.mask_codes, [read(b) for b in model.encoder_blocks],
                     [read(b) for b in model.decoder_blocks])
 
 
 def null_condition(model) -> Prepared:
-    """The Prepared of one null image. It serves all images of a model: `generate` takes it as `null`."""
+    """The Prepared of one null image, for all calls of `generate` until the weights change."""
     c, device = model.config, model.mask_token.device
     codes = torch.zeros(1, c.codes, dtype=torch.long, device=device)  # the fake code replaces them
     return prepare(model, torch.full((1,), c.classes, device=device), codes)
@@ -270,7 +274,7 @@ def run_block(block, x, keys_values=None, rows=slice(None)):
     q, k, v = block.qkv(block.norm1(x)).view(B, R, 3, block.heads, -1).permute(2, 0, 3, 1, 4)       # [B, H, R, D/H]
     y = F.scaled_dot_product_attention(q[:, :, rows], k, v)
     x = x[:, rows] + block.proj(y.transpose(1, 2).flatten(2))
-    if keys_values is not None:
+    if block.cross is not None:
         x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)      # block.cross(x, context)
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
@@ -298,7 +302,7 @@ def hidden(model, latents, order, a, b, prepared):
 def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
              orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None, null=None,
              graphs=None):
-    """Generator.generate: same arguments, same latents. null: null_condition(model); graphs: see sample_head."""
+    """Generator.generate: same arguments, same latents, in eval mode. null: null_condition(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
     # Iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]]. Within an iteration positions
@@ -329,6 +333,23 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     return rows_at(x, raster)
 
 
+def head_net(net, x_t, t, z):
+    """HeadNet.forward for many rows: each timestep is embedded once, SiLU(y) is computed once, and every addcmul saves
+    a pass over memory."""
+    table = net.embed_time(torch.arange(T, device=t.device)) if t.numel() > T else None
+    with tf32(False):
+        x = net.input(x_t)                                                           # [M, N, width]
+        y = F.silu((net.embed_time(t) if table is None else F.embedding(t, table)) + net.cond(z))
+        with tf32():
+            for block in net.blocks:
+                shift, scale, gate = block.modulation(y).chunk(3, dim=-1)
+                h = block.norm(x)
+                x = torch.addcmul(x, gate, block.mlp(torch.addcmul(h + shift, h, scale)))
+        shift, scale = net.output_modulation(y).chunk(2, dim=-1)
+        h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return net.output(torch.addcmul(h + shift, h, scale))
+
+
 def loss(model, latents, classes, codes, draws):
     """Generator.loss with these draws. The host knows draws.hidden, so it never waits for the device to count."""
     B, L, C = latents.shape
@@ -346,4 +367,5 @@ def loss(model, latents, classes, codes, draws):
     each = at.expand(M, B, n).flatten(0, 1)                                          # [M*B, n], for every draw
     t = rows_at(draws.t.flatten(0, 1)[..., None], each).view(M, -1)                  # [M, B*n]
     noise = rows_at(draws.noise.flatten(0, 1), each).view(M, -1, C)                  # [M, B*n, C]
-    return model.head.loss(rows_at(latents, at).flatten(0, 1), z.flatten(0, 1), t, noise).mean()
+    net = lambda x_t, t, z: head_net(model.head.net, x_t, t, z)
+    return model.head.loss(rows_at(latents, at).flatten(0, 1), z.flatten(0, 1), t, noise, net).mean()

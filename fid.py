@@ -11,42 +11,39 @@
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt
 
-All figures except PSNR and SSIM come from the features of one network (inception.py). The figures and every setting
-behind them go to result.json beside the samples. gFID scores generated images and rFID scores reconstructions; the two
-must never be compared. docs/evaluation.md says what each protocol does.
+All figures except PSNR and SSIM come from the features of one network (inception.py). They go to result.json beside the
+samples, with every setting behind them. gFID scores generated images and rFID scores reconstructions; never compare the
+two. docs/evaluation.md says what each protocol does.
 """
 import argparse
 import glob
 import json
-import math
 import os
 import platform
 import time
 import zipfile
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import checkpoints
 import sample
 from data import ahead, read_image, text_hash, to_float
-from inception import Inception, exact_convolutions, file_hash, find_inception, measure
+from inception import Inception, exact_convolutions, file_hash, find_inception
 from presets import Sampling
 from faults import run_script
-from runtime import UserError, barrier, print0, setup, write_file
+from runtime import UserError, barrier, gather, print0, read_json, refuse, setup, write_file, write_json
 
-METRICS = ["fid", "sfid", "is", "pr"]
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # and the features behind them
 PROTOCOLS = {
     # name            resize   metrics by default
     "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C names none
-    "adm":            ("tf1",   METRICS),        # ADM, DiT, LlamaGen; its IS differs, see `score_logits`
+    "adm":            ("tf1",   [*METRICS]),     # ADM, DiT, LlamaGen; its IS differs, see `inception_score`
     "pytorch-fid":    ("torch", ["fid"]),        # defines no other metric
 }
 LOSSLESS, LOSSY = (".png", ".bmp", ".ppm", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
@@ -62,10 +59,9 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     eigenvalues are rounding errors of 1e-16, but the square roots of these errors, 1e-8 each, would add up.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
-    if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
-        raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared.")
-    if not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)):
-        raise UserError("the statistics are not finite; the Inception weights or the reference file are damaged.")
+    refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
+            (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
+             "the statistics are not finite; the Inception weights or the reference file are damaged")])
     variance, axes = torch.linalg.eigh(cov1)                                        # ascending
     keep = variance > variance[-1] * len(variance) * torch.finfo(variance.dtype).eps
     root = axes[:, keep] * variance[keep].sqrt()                                    # R [D, rank]
@@ -74,36 +70,23 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     return max(float(distance), 0.0)  # for equal sets rounding can give about -1e-9
 
 
-def score_of(parts):
-    """exp(mean KL(p_i || mean of p)) of each part [n, 1008] of the logits -> mean and deviation of these scores."""
-    scores = []
-    for part in parts:
-        log_p = part.double().log_softmax(1)
-        log_mean = log_p.logsumexp(0) - math.log(len(part))
-        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
-    return float(np.mean(scores)), float(np.std(scores))
+def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=False):
+    """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
-
-def inception_score(logits, splits: int = 10, seed: int = 2020):
-    """torch-fidelity's: all rows [N, 1008] are shuffled by the seed and cut into equal parts -> (mean, deviation)."""
-    N = len(logits)
-    if N < splits:
-        raise UserError(f"the Inception Score needs at least {splits} images, not {N}.")
-    logits = torch.as_tensor(logits).cpu()[np.random.RandomState(seed).permutation(N)]
-    return score_of([logits[i * N // splits:(i + 1) * N // splits] for i in range(splits)])
-
-
-def score_logits(logits, names, protocol):
-    """The Inception Score, with the images in the order of the protocol. names: their files, or None for an .npz.
-
-    torch-fidelity sorts files by path and shuffles. ADM cuts its .npz into parts of 5,000 without a shuffle; sorted by
-    class it would give 62 instead of 298 (guided-diffusion issue 165). For a folder the order is that of the file
-    names without their folders, which is sample.py's index. ADM's softmax is float32; that moves the seventh digit.
+    torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
+    without a shuffle; sorted by class it would give 62 instead of 298 (guided-diffusion issue 165). For a folder ADM's
+    order here is that of the file names without their folders, which is sample.py's index. ADM's softmax is float32;
+    that moves the seventh digit. names: the files of the images, or None for an .npz.
     """
+    N, logits = len(logits), torch.as_tensor(logits).cpu()
+    refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:
-        key = os.path.basename if protocol == "adm" else str
-        logits = logits[sorted(range(len(names)), key=lambda i: key(names[i]))]
-    return score_of(logits.split(5000)) if protocol == "adm" else inception_score(logits)
+        logits = logits[sorted(range(N), key=lambda i: os.path.basename(names[i]) if adm else names[i])]
+    shuffled = logits[np.random.RandomState(seed).permutation(N)]
+    parts = logits.split(5000) if adm else [shuffled[i * N // splits:(i + 1) * N // splits] for i in range(splits)]
+    parts = [part.double().softmax(1) for part in parts]  # the mean KL is entropy of the mean - mean of the entropies
+    scores = [float((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp()) for p in parts]
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(real, fake, k: int = 3):
@@ -114,20 +97,16 @@ def precision_recall(real, fake, k: int = 3):
     time. ADM computes them in float16, where they tie: it reads 0.001 (precision) and 0.002 (recall) higher.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on both sides.")
-
-    def radii(points):  # k + 1, because the nearest point of all is the point itself
-        rows = (torch.cdist(block, points) for block in points.split(1000))
-        return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in rows])
-
-    real_radius, fake_radius = radii(real), radii(fake)
-    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for block, radius in zip(fake.split(1000), fake_radius.split(1000)):
-        d = torch.cdist(block, real)                                                # [1000, N]
-        precise.append((d <= real_radius).any(1))
+    refuse([(min(len(real), len(fake)) <= k, f"precision and recall need more than {k} images on both sides")])
+    distances = lambda a, b: (torch.cdist(block, b) for block in a.split(1000))     # [1000, len(b)] each
+    # k + 1, because the nearest point of all is the point itself
+    real_radius, fake_radius = (torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(x, x)])
+                                for x in (real, fake))
+    precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for d, radius in zip(distances(fake, real), fake_radius.split(1000)):
+        precise += int((d <= real_radius).any(1).sum())
         recalled |= (d <= radius[:, None]).any(0)
-    return float(torch.cat(precise).cpu().double().mean()), float(recalled.cpu().double().mean())
+    return precise / len(fake), int(recalled.sum()) / len(real)
 
 
 def psnr_ssim(a, b):
@@ -147,63 +126,96 @@ def psnr_ssim(a, b):
     return psnr, ssim.view(len(x), -1).mean(1)
 
 
+# --------------------------------------------------------------------------------------------- features of many images
+
+def products(rows):
+    """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
+
+    Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5.
+    """
+    rows = F.pad((rows.cpu() if rows.device.type == "mps" else rows).double(), (1, 0), value=1.0)  # MPS has no float64
+    return rows.T @ rows
+
+
+def mean_and_covariance(products):
+    """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
+    n = int(products[0, 0])
+    refuse([(n < 2, f"{n} images have no covariance; an FID needs many images, in papers 50,000")])
+    mean = products[0, 1:] / n
+    return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
+
+
+def summands(model: Inception, metrics, images) -> dict:
+    """Batch [B, 3, H, W] -> for each metric what `measure` adds up: products of features for an FID, else [rows]."""
+    out = model(images)
+    return {m: products(out[METRICS[m]]) if m.endswith("fid") else [out[METRICS[m]].cpu()] for m in metrics}
+
+
+def measure(args, world, images, features) -> dict:
+    """Adds up features(batch [B, 3, H, W]), a dictionary of products and of lists of rows, over all Images.
+
+    -> (mean, covariance) for products; [N, D] in the order of the images for lists. Dry runs and ranks above 0 get {}.
+    """
+    print0(f"{images.about['path']}: {images.count} images of {'x'.join(map(str, images.size))} pixels; "
+           f"protocol {args.protocol}, reference {args.reference or 'none'}")
+    # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
+    # share a batch, and the features must not depend on the number of ranks.
+    starts = range(0, 0 if args.dry_run else images.count, args.batch)
+    starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
+    batches = images.batches(range(i, min(i + args.batch, images.count)) for i in starts)
+    bar = tqdm(batches, images.about["path"], len(starts), unit="batch", disable=args.dry_run or world.rank > 0)
+    merge = lambda a, b: {name: a[name] + b[name] for name in a} if a and b else a or b  # a rank may have no batch
+    sums = reduce(merge, (features(pixels.to(world.device)) for pixels in bar), {})
+    sums = reduce(merge, gather({name: x if isinstance(x, list) else x.cpu() for name, x in sums.items()}) or [], {})
+    return {name: torch.cat(x) if isinstance(x, list) else mean_and_covariance(x) for name, x in sums.items()}
+
+
 # ----------------------------------------------------------------------------------------------------- image sources
 
-@dataclass
 class Images:
-    """N images in a fixed order. batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range."""
-    count: int
-    size: list                 # [H, W]
-    batches: Callable
-    about: dict                # for result.json
-    names: list | None = None  # of the files, if the images are files
+    """`count` images of `size` [H, W] in a fixed order, from files (`names`) or not (None). `about`: for result.json.
 
+    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, by
+    default the folders of the files. settings: those that drew them, by default the settings.json beside `path`.
+    """
 
-def about_images(path, content_hash, labels, settings=None) -> dict:
-    """What result.json says about images. labels: their classes, or None. settings: by default those beside `path`."""
-    settings = settings or sample.read_settings(path.removesuffix(".npz"))
-    if settings and settings.get("coarse"):
-        raise UserError(f"{path} holds images beside their decoded codes; draw them again without --show-coarse.")
-    counts = Counter(labels or []).values()
-    counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
-    return {"path": path, "hash": content_hash, "per_class": counts, "settings": settings}
+    def __init__(self, path, content_hash, count, size, batches, names=None, labels=(), settings=None):
+        self.count, self.size, self.batches, self.names = count, [*size], batches, names
+        settings = settings or sample.read_settings(path.removesuffix(".npz")) or {}
+        refuse([(settings.get("coarse"),
+                 f"{path} holds images beside their decoded codes; draw them again without --show-coarse"),
+                (names and count < settings.get("num", 0),
+                 f"{path} holds {count} of {settings.get('num')} images; run the same sample.py command again")])
+        counts = np.unique([*map(os.path.dirname, names or ())] or labels, return_counts=True)[1].tolist()
+        counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
+        self.about = {"path": path, "hash": content_hash, "per_class": counts, "settings": settings or None}
 
 
 def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Images:
-    """A folder or an .npz of images. crop: ADM's centre crop to so many pixels; jpeg: accept compressed images."""
+    """A folder at any depth, no hidden files, or an .npz. crop: ADM's centre crop, in pixels; jpeg: take lossy ones."""
     if root.endswith(".npz"):
         return open_archive(root)
-    if not os.path.isdir(root):
-        raise UserError(f"{root} is neither a folder of images nor an .npz or .pt file.")
-    found = glob.glob("**", root_dir=root, recursive=True)  # at any depth; no hidden files and folders
-    files = sorted(f for f in found if f.lower().endswith(LOSSLESS + LOSSY))
-    if not files:
-        raise UserError(f"{root} holds no images ({', '.join(LOSSLESS)}).")
-    if not jpeg and (lossy := [f for f in files if f.lower().endswith(LOSSY)]):
-        raise UserError(f"{root} holds {len(lossy)} compressed images, e.g. {lossy[0]}. Compression changes an FID: "
-                        f"save PNG files, or give --jpeg if these are the originals.")
-    if gone := [f for f in files if not os.path.exists(os.path.join(root, f))]:
-        raise UserError(f"{root}/{gone[0]} is a link to a file that does not exist; make it again or remove it.")
-    content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
-    about = about_images(root, content, map(os.path.dirname, files))
-    if len(files) < (asked := (about["settings"] or {}).get("num", 0)):
-        raise UserError(f"{root} holds {len(files)} of {asked} images; run the same sample.py command again to draw "
-                        f"the missing ones.")
+    files = sorted(f for f in glob.glob("**", root_dir=root, recursive=True) if f.lower().endswith(LOSSLESS + LOSSY))
+    lossy = [f for f in files if f.lower().endswith(LOSSY) and not jpeg]
+    gone = [f for f in files if not os.path.exists(os.path.join(root, f))]
+    refuse([(not os.path.isdir(root), f"{root} is neither a folder of images nor an .npz or .pt file"),
+            (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
+            (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
+                    f"FID: save PNG files, or give --jpeg if these are the originals"),
+            (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it")])
 
     def read(file):
-        if (image := read_image(os.path.join(root, file), crop)) is None:
-            raise UserError(f"{root}/{file} is no readable image; make it again or remove it.")
+        image = read_image(os.path.join(root, file), crop)
+        refuse([(image is None, f"{root}/{file} is no readable image; make it again or remove it")])
+        refuse([(size not in (None, image.shape[1:]),
+                 f"{root} holds images of several sizes, see {file}; --crop cuts a reference")])
         return image
 
-    size, threads = [*read(files[0]).shape[1:]], ThreadPoolExecutor(4)
-
-    def load(numbers):
-        images = list(threads.map(read, files[numbers.start:numbers.stop]))
-        if odd := [i for i, image in zip(numbers, images) if [*image.shape[1:]] != size]:
-            raise UserError(f"{root} holds images of several sizes, see {files[odd[0]]}; --crop cuts a reference.")
-        return torch.from_numpy(np.stack(images))
-
-    return Images(len(files), size, partial(ahead, load), about, files)
+    size, threads = None, ThreadPoolExecutor(4)
+    size = read(files[0]).shape[1:]
+    load = lambda numbers: torch.from_numpy(np.stack([*threads.map(read, files[numbers.start:numbers.stop])]))
+    content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
+    return Images(root, content, len(files), size, partial(ahead, load), files)
 
 
 @contextmanager
@@ -217,23 +229,20 @@ def reading(path):
 def open_archive(path) -> Images:
     """arr_0 of an .npz, read piece by piece: 50,000 images of 256 pixels are 10 GB. arr_1: class ids, if there."""
     with reading(path):
-        archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
+        file, labels = zipfile.ZipFile(path).open("arr_0.npy"), np.load(path).get("arr_1", ())
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        labels = np.load(path)["arr_1"].ravel().tolist() if "arr_1.npy" in archive.namelist() else None
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
-        raise UserError(f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3].")
-    start, image_bytes = file.tell(), math.prod(shape[1:])
+    refuse([(len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0],
+             f"arr_0 of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, 3]")])
+    start, image_bytes = file.tell(), int(np.prod(shape[1:]))
 
     def load(numbers):
         with reading(path):
             file.seek(start + numbers.start * image_bytes)
-            pixels = np.frombuffer(file.read(len(numbers) * image_bytes), np.uint8)
-            pixels = pixels.reshape(len(numbers), *shape[1:]).transpose(0, 3, 1, 2)
-        return torch.from_numpy(pixels.copy())
+            pixels = np.frombuffer(file.read(len(numbers) * image_bytes), np.uint8).reshape(len(numbers), *shape[1:])
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
-    return Images(shape[0], [*shape[1:3]], partial(ahead, load), about_images(path, file_hash(path), labels))
+    return Images(path, file_hash(path), shape[0], shape[1:3], partial(ahead, load), labels=labels)
 
 
 def draw_images(args, device) -> Images:
@@ -242,14 +251,11 @@ def draw_images(args, device) -> Images:
     s, labels = sample.choose_sampling(args, run), sample.find_classes(run.classes, args.class_ or "all")
     seed, num = args.seed or 0, args.num or 50_000
     names = [sample.picture_name(run, labels, i) for i in range(num)]
-
-    def load(numbers):
-        return sample.generate(run, torch.tensor([labels[i % len(labels)] for i in numbers]), seed, numbers, s).images
-
+    classes = lambda numbers: torch.tensor([labels[i % len(labels)] for i in numbers])
+    load = lambda numbers: sample.generate(run, classes(numbers), seed, numbers, s).images
     settings = {**sample.describe(run, s, seed, labels), "num": num}
-    about = about_images(args.run, None, map(os.path.dirname, names), settings)
     # `map`, not `ahead`: its thread would draw while Inception runs, and `exact_convolutions` affects all threads
-    return Images(num, [run.pixels, run.pixels], partial(map, load), about, names)
+    return Images(args.run, None, num, [run.pixels] * 2, partial(map, load), names, settings=settings)
 
 
 # -------------------------------------------------------------------------------------------------------- references
@@ -265,130 +271,100 @@ def read_arrays(path) -> dict:
         return checkpoints.read(path)
 
 
-def open_reference(path: str, model: Inception, metrics, crop=None, jpeg=False):
+def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
-    ADM             mu, sigma, mu_s, sigma_s of all of ImageNet, and arr_0, 10,000 images for precision and recall
-    pytorch-fid     mu, sigma; MAR's adm_in256_stats.npz, two arrays of ADM's file, looks the same
-    torch-fidelity  mu, sigma in a .pt, its cache of one input
-    --save          the four arrays, and `about`: what they were made from and with
+    All files have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
+    ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. A file of --save has the four
+    arrays, and `about`: what they were made from and with.
 
-    -> a dictionary for result.json; {"pool", "spatial": (mean, covariance)}, empty for images; Images or None.
+    -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None.
     """
+    path, metrics = args.reference, args.metrics
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
-    images = open_images(path, crop, jpeg) if "arr_0" in arrays else None
+    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
+    # precision and recall; the file's statistics serve FID.
+    wanted = "arr_0" in arrays and ("pr" in metrics or "mu" not in arrays)
+    images = open_images(path, args.crop, args.jpeg) if wanted else None
     if images and "mu" not in arrays:
         return {**images.about, "images": images.count, "size": images.size}, {}, images
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
+    refuse([(not {"mu", "sigma"} <= arrays.keys(), f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")])
     made = json.loads(str(arrays["about"])) if "about" in arrays else {}
     inception = made.get("inception") or ({"resize": "tf1"} if "mu_s" in arrays else {})  # mu_s without about: ADM
     if not inception:
         print0(f"note: {path} does not say how its images were resized; {model.about['resize']} is assumed")
-    for key in ("resize", "sha256"):
-        if inception.get(key, model.about[key]) != model.about[key]:
-            raise UserError(f"{path} was made with another {key} of Inception, {inception[key][:8]} instead of "
-                            f"{model.about[key][:8]}; choose --protocol and --inception to fit, or make it again.")
-    statistics = {}
-    for name, s, D in (("pool", "", 2048), ("spatial", "_s", 2023)):
-        if f"mu{s}" in arrays:
-            statistics[name] = arrays[f"mu{s}"], arrays[f"sigma{s}"]
-            if [np.shape(v) for v in statistics[name]] != [(D,), (D, D)]:
-                raise UserError(f"{path} has statistics of another network: mu{s} should have {D} entries.")
-    for lacking, what in (("sfid" in metrics and "spatial" not in statistics, "statistics for sFID"),
-                          ("pr" in metrics and not images, "images for precision and recall")):
-        if lacking:
-            raise UserError(f"{path} has no {what}; choose other --metrics or another reference.")
+    refuse((inception.get(key, ours) != ours,
+            f"{path} was made with another {key} of Inception, {inception.get(key, ours)[:8]} instead of {ours[:8]}; "
+            f"choose --protocol and --inception to fit, or make it again")
+           for key, ours in model.about.items() if key != "file")
+    statistics = {metric: (arrays[f"mu{s}"], arrays[f"sigma{s}"])
+                  for metric, s in (("fid", ""), ("sfid", "_s")) if f"mu{s}" in arrays}
+    refuse([([np.shape(sigma) for _, sigma in statistics.values()] != [(2048, 2048), (2023, 2023)][:len(statistics)],
+             f"{path} has statistics of another network; an FID needs 2,048 features of Inception"),
+            ("sfid" in {*metrics} - {*statistics}, f"{path} has no statistics for sFID; choose other --metrics"),
+            ("pr" in metrics and not images, f"{path} has no images for precision and recall; choose other --metrics")])
     return {**made, "path": path, "hash": file_hash(path)}, statistics, images
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def stops_here(args, images: Images) -> bool:
-    """Prints what is about to be measured. True with --dry-run, which asks for no more."""
-    against = f" against {args.reference}" if args.reference else ""
-    print0(f"{images.count} images of {images.size[0]}x{images.size[1]} pixels: {images.about['path']}{against}, "
-           f"protocol {args.protocol}")
-    return args.dry_run
-
-
 def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
-    reference, real, real_images = None, {}, None
-    if args.reference:
-        reference, real, real_images = open_reference(args.reference, model, args.metrics, args.crop, args.jpeg)
-    images = draw_images(args, world.device) if args.run else open_images(args.generated, jpeg=args.jpeg)
-    if real and reference.get("size", images.size) != images.size:
-        raise UserError(f"{args.reference} comes from images of {reference['size']} pixels, but these have "
-                        f"{images.size}; make it again with another --crop.")
-    if stops_here(args, images):
+    reference, real, real_images = open_reference(args, model) if args.reference else (None, {}, None)
+    images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
+    size = reference.get("size", images.size) if real else images.size
+    refuse([(size != images.size, f"{args.reference} comes from images of {size} pixels, but these have {images.size}; "
+                                  f"make it again with another --crop")])
+    if real_images:
+        real = measure(args, world, real_images, partial(summands, model, {*args.metrics} - {"is", *real})) | real
+    if not (fake := measure(args, world, images, partial(summands, model, args.metrics))):
         return
-    statistics = {name for metric, name in (("fid", "pool"), ("sfid", "spatial")) if metric in args.metrics}
-    rows = {name for metric, name in (("is", "logits"), ("pr", "pool")) if metric in args.metrics}
-    # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
-    # precision and recall; the file's statistics serve FID.
-    if real_images and ("pr" in args.metrics or not real):
-        lacking = set() if real else statistics
-        measured, real_rows = measure(real_images, model, lacking, rows & {"pool"}, world, args.batch)
-        real = real or measured
-    fake, fake_rows = measure(images, model, statistics, rows, world, args.batch)
-    if world.rank > 0:
-        return
-    figures = {figure: frechet_distance(*real[name], *fake[name])
-               for figure, name in (("gfid", "pool"), ("sfid", "spatial")) if name in statistics}
-    if "is" in args.metrics:
-        figures["is"], figures["is_std"] = score_logits(fake_rows["logits"], images.names, args.protocol)
-    if "pr" in args.metrics:
-        pools = (features["pool"].to(world.device) for features in (real_rows, fake_rows))
-        figures["precision"], figures["recall"] = precision_recall(*pools)
+    figures = {figure: frechet_distance(*real[metric], *fake[metric])
+               for figure, metric in (("gfid", "fid"), ("sfid", "sfid")) if metric in fake}
+    if "is" in fake:
+        figures["is"], figures["is_std"] = inception_score(fake["is"], names=images.names, adm=args.protocol == "adm")
+    if "pr" in fake:
+        figures["precision"], figures["recall"] = precision_recall(*(x["pr"].to(world.device) for x in (real, fake)))
     report(args, images, reference, {"generated": figures}, model, world)
 
 
 def reconstruct(args, model, world):
     """The second mode: compares IMAGES with what RUN/vq.pt and RUN/kl.pt, or the one that exists, make of them."""
-    files = {kind: os.path.join(args.reconstruct, f"{kind}.pt") for kind in ("vq", "kl")}
-    tokenizers = {kind: checkpoints.load_model(f, kind, world.device) for kind, f in files.items() if os.path.exists(f)}
-    if not tokenizers:
-        raise UserError(f"{args.reconstruct} holds neither vq.pt nor kl.pt.")
-    if os.path.isdir(args.images):
-        args.crop = args.crop or next(iter(tokenizers.values())).about.get("image_size", 256)
-    images = open_images(args.images, args.crop, args.jpeg)
-    if any(images.size[0] % t.stride or images.size[0] != images.size[1] for t in tokenizers.values()):
-        raise UserError(f"tokenizers cannot take images of {images.size} pixels; give --crop SIZE.")
+    tokenizers = {kind: checkpoints.load_model(path, kind, world.device) for kind in ("vq", "kl")
+                  if os.path.exists(path := os.path.join(args.reconstruct, f"{kind}.pt"))}
+    refuse([(not tokenizers, f"{args.reconstruct} holds neither vq.pt nor kl.pt")])
+    crop = args.crop or next(iter(tokenizers.values())).about.get("image_size", 256)  # an .npz is not cropped
+    images = open_images(args.images, crop, args.jpeg)
+    H, W = images.size
+    refuse((H % t.stride or H != W or H < 11, f"squares of a multiple of {t.stride} pixels are needed, for SSIM of at "
+                                              f"least 11, but these images have {images.size}; give another --crop")
+           for t in tokenizers.values())
 
     def features(images):
-        out = {"pool": model(images)["pool"]}
+        out = {"images": products(model(images)["pool"])}
         for kind, tokenizer in tokenizers.items():
             tokens = tokenizer.encode(to_float(images))
             # KL decodes the posterior's mean. The latent scale is not needed: a file may not know it, and it cancels.
             decoded = tokenizer.decode(tokens) if kind == "vq" else tokenizer.to_images(tokenizer.posterior(tokens)[0])
             decoded = sample.to_uint8(decoded)
-            out[kind] = model(decoded)["pool"]
-            out[f"{kind} pixels"] = torch.stack(psnr_ssim(images, decoded), 1)      # [B, 2]
+            out[kind] = products(model(decoded)["pool"])
+            out[f"{kind} pixels"] = [torch.stack(psnr_ssim(images, decoded), 1).cpu()]          # [B, 2]
         return out
 
-    if stops_here(args, images):
+    if not (found := measure(args, world, images, features)):
         return
-    rows = {f"{kind} pixels" for kind in tokenizers}
-    statistics, rows = measure(images, features, {"pool", *tokenizers}, rows, world, args.batch)
-    if world.rank > 0:
-        return
-    figures = {}
-    for kind in tokenizers:
-        psnr, ssim = rows[f"{kind} pixels"].double().mean(0).tolist()
-        figures[kind] = {"rfid": frechet_distance(*statistics["pool"], *statistics[kind]), "psnr": psnr, "ssim": ssim}
+    figures = {kind: {"rfid": frechet_distance(*found["images"], *found[kind]),
+                      **dict(zip(("psnr", "ssim"), found[f"{kind} pixels"].double().mean(0).tolist()))}
+               for kind in tokenizers}
     report(args, images, None, figures, model, world)
 
 
 def save(args, model, world):
     """The third mode: writes the statistics of IMAGES, with what they were made from and with."""
     images = open_images(args.images, args.crop, args.jpeg)
-    if stops_here(args, images):
+    if not (found := measure(args, world, images, partial(summands, model, ("fid", "sfid")))):
         return
-    statistics, _ = measure(images, model, {"pool", "spatial"}, set(), world, args.batch)
-    if world.rank > 0:
-        return
-    (mu, sigma), (mu_s, sigma_s) = statistics["pool"], statistics["spatial"]
+    (mu, sigma), (mu_s, sigma_s) = found["fid"], found["sfid"]
     made = json.dumps({"images": images.count, "size": images.size, "crop": args.crop, "inception": model.about,
                        "source": images.about["path"], "source_hash": images.about["hash"]})
     write_file(args.save, lambda f: np.savez(f, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, about=made))
@@ -400,45 +376,38 @@ def table(paths) -> str:
     rows = []
     for path in paths:
         try:
-            with open(path) as f:
-                r = json.load(f)
+            r = read_json(path)
             settings = (r["samples"]["settings"] or {}).get("sampling", {})
-            about = {k: settings.get(k) for k in ("iterations", "steps", "cfg", "schedule")}
-            about |= {"N": r["images"], "protocol": r["protocol"], "reference": (r["reference"] or {}).get("path")}
-            for row, figures in r["figures"].items():
-                name = r["samples"]["path"] if row == "generated" else f"{r['reconstructed']}, {row}"
-                rows.append({"of": name, **about, **labelled(figures, r["images"])})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            about = {k: settings[k] for k in ("iterations", "steps", "cfg", "schedule") if k in settings}
+            about |= {"N": r["images"], "protocol": r["protocol"], "reference": (r["reference"] or {}).get("path", "")}
+            rows += [{"of": f"{r['reconstructed'] or r['samples']['path']}, {row}", **about,
+                      **labelled(figures, r["images"])} for row, figures in r["figures"].items()]
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is no result.json of fid.py.") from None
-    columns = list(dict.fromkeys(c for row in rows for c, value in row.items() if value is not None))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-NAMES = {"gfid": "gFID", "sfid": "sFID", "rfid": "rFID", "is": "IS", "precision": "precision", "recall": "recall",
-         "psnr": "PSNR", "ssim": "SSIM"}
 
 
 def labelled(figures, n) -> dict:
     """Name and value as printed. An FID falls with the number of images, so under 10,000 its name says the number."""
     at = f"@{n}" if n < 10_000 else ""
-    text = {NAMES[k] + (at if k.endswith("fid") else ""): f"{figures[k]:.4f}" for k in NAMES if k in figures}
-    return text | ({"IS": f"{text['IS']} ± {figures['is_std']:.4f}"} if "IS" in text else {})
+    names = {"gfid": f"gFID{at}", "sfid": f"sFID{at}", "rfid": f"rFID{at}", "is": "IS", "psnr": "PSNR", "ssim": "SSIM"}
+    deviation = {"is": f" ± {figures['is_std']:.4f}"} if "is" in figures else {}
+    return {names.get(k, k): f"{v:.4f}{deviation.get(k, '')}" for k, v in figures.items() if k != "is_std"}
 
 
 def report(args, images: Images, reference: dict | None, figures, model, world):
-    """Prints the figures and writes result.json with everything that they depend on."""
-    n, folder = images.count, args.generated if args.generated and os.path.isdir(args.generated) else ""
-    out, seconds = args.out or os.path.join(folder, "result.json"), round(time.time() - args.start, 1)
-    result = {"figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
-              "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds}
-    write_file(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
-    for row, values in figures.items():
-        for name, text in labelled(values, n).items():
-            print0(f"{row:12} {name:12} {text}")
+    """Writes result.json, the figures with everything that they depend on, and prints it as a table."""
+    n, seconds = images.count, round(time.time() - args.start, 1)
+    beside = args.images if not (args.run or args.reconstruct) and os.path.isdir(args.images) else ""
+    out = args.out or os.path.join(beside, "result.json")
+    write_json(out, {
+        "figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
+        "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds})
+    print0(table([out]))
     fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: an FID falls with the number of images; compare it only with another FID@{n} (papers: 50,000)")
@@ -448,6 +417,7 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
 
 
 def read_flags():
+    """-> checked flags, with args.images (the path GENERATED or IMAGES) and args.reference, which may be None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="GENERATED, REFERENCE or IMAGES, as in the examples")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="torch-fidelity")
@@ -457,7 +427,7 @@ def read_flags():
     parser.add_argument("--jpeg", action="store_true", help="accept compressed images")
     parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of IMAGES")
     parser.add_argument("--reconstruct", metavar="RUN", help="score RUN/{vq,kl}.pt on IMAGES")
-    parser.add_argument("--table", action="store_true", help="print result files as a Markdown table")
+    parser.add_argument("--table", nargs="+", metavar="result.json", help="print result files as a Markdown table")
     parser.add_argument("--out", metavar="FILE", help="default: result.json in the folder GENERATED, else in this one")
     parser.add_argument("--batch", type=int, default=32, help="images per pass")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best available)")
@@ -469,49 +439,35 @@ def read_flags():
     draw.add_argument("--seed", type=int, help="default 0")
     sample.add_sampling_flags(draw)
     args = parser.parse_args()
-    if args.table and not args.paths:
-        raise UserError("--table needs result files: --table A/result.json B/result.json.")
-    return args if args.table else check_flags(args)
-
-
-def check_flags(args):
-    """Refuses flags that do not fit together. -> args with named paths: args.generated, args.reference, args.images."""
-    drawing = [getattr(args, name) for name in ("num", "class_", "seed", *(f.name for f in fields(Sampling)))]
+    drawing = [v for k, v in vars(args).items() if k in ("num", "class_", "seed") or hasattr(Sampling, k)]
+    scoring = not (args.save or args.reconstruct or args.table)
     metrics = args.metrics.split(",") if args.metrics else PROTOCOLS[args.protocol][1]
-    if args.save or args.reconstruct:
-        names = ["images"]
-    else:  # --run draws GENERATED, and the Inception Score alone needs no REFERENCE
-        names = ["generated"] * (not args.run) + ["reference"] * (metrics != ["is"])
-    cropped = args.paths[-1] if args.paths and names[-1:] != ["generated"] else ""
-    checks = [([args.run, args.save, args.reconstruct].count(None) >= 2, "take one of --run, --save and --reconstruct"),
-              (args.run or drawing == [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
-              (names != ["images"] or not args.metrics, "--metrics is for generated images"),
-              (not args.save or args.save.endswith(".npz"), "--save takes FILE.npz"),
-              (not args.reconstruct or not args.crop or args.crop >= 11, "SSIM needs a --crop of at least 11 pixels"),
-              (set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
-              (args.protocol != "pytorch-fid" or metrics == ["fid"], "pytorch-fid defines FID only"),
-              (len(args.paths) == len(names), f"{len(names)} paths are needed, not {len(args.paths)}; see --help"),
-              (not args.crop or os.path.isdir(cropped), "--crop crops the images of a folder REFERENCE or IMAGES"),
-              (all(v is None or v >= 1 for v in (args.batch, args.num, args.crop)),
-               "--batch, --num and --crop must be at least 1")]
-    for fine, text in checks:
-        if not fine:
-            raise UserError(text + ".")
-    args.metrics, args.generated, args.reference, args.images = metrics, None, None, None
-    vars(args).update(zip(names, args.paths))
+    # --run draws GENERATED, and the Inception Score alone needs no REFERENCE
+    names = ["images"] * (not args.run and not args.table) + ["reference"] * (scoring and metrics != ["is"])
+    paths = dict(zip(names, args.paths))
+    refuse([(bool(args.run) + bool(args.save) + bool(args.reconstruct) > 1, "take one of --run, --save, --reconstruct"),
+            (not args.run and drawing != [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
+            (not scoring and args.metrics, "--metrics is for generated images"),
+            (args.save and not args.save.endswith(".npz"), "--save takes FILE.npz"),
+            (not set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
+            (args.protocol == "pytorch-fid" and metrics != ["fid"], "pytorch-fid defines FID only"),
+            (len(args.paths) != len(names), f"{len(names)} paths are needed, not {len(args.paths)}; see --help"),
+            (args.crop and not os.path.isdir(paths.get("reference" if scoring else "images", "")),
+             "--crop crops the images of a folder REFERENCE or IMAGES"),
+            (any(v is not None and v < 1 for v in (args.batch, args.num, args.crop)),
+             "--batch, --num and --crop must be at least 1")])
+    vars(args).update({"metrics": metrics, "images": None, "reference": None, **paths})
     return args
 
 
 def main():
     args = read_flags()
     if args.table:
-        return print(table(args.paths))
+        return print(table(args.table))
     world, args.start = setup(args.device), time.time()
     model = Inception(find_inception(args.inception), PROTOCOLS[args.protocol][0])
-    if world.device.type != "cpu":
-        model.to(world.device, memory_format=torch.contiguous_format)
-    mode = save if args.save else reconstruct if args.reconstruct else score
-    mode(args, model, world)
+    model.to(world.device, memory_format=torch.channels_last if world.device.type == "cpu" else torch.contiguous_format)
+    (save if args.save else reconstruct if args.reconstruct else score)(args, model, world)
     barrier()  # the other ranks wait while rank 0 computes the figures
 
 

@@ -6,11 +6,11 @@ The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), Mix
 
 is_null says which images have lost their class, for classifier-free guidance. A Fused has three fields:
 
-    prefix      [B, P, D]          rows in front of the tokens, in the generator's encoder and decoder
+    prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
     context     [B, L, D] or None  what the cross-attention of every block reads
     mask_codes  [B, L, D] or None  what the decoder adds to the mask token of each position
 
-L is the number of codes in this file. The generator may have fewer tokens than codes. There are five fusions; n is
+L is the number of codes in this file. The generator need not have as many tokens. There are five fusions; n is
 GeneratorConfig.prefix:
 
     none             prefix: n class tokens                                                    MAR     P = n
@@ -21,20 +21,21 @@ GeneratorConfig.prefix:
                      runs over codes and tokens together                                       DisCon  P = n + L
     mask_tokens      prefix: n class tokens; mask_codes: the embedded codes, one per token     MixAR   P = n
 
-All fusions embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's token
-table. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set. Class and codes
-are dropped together: where is_null, one learned vector (`fake_code`) replaces Embed(q) at every position.
+All but `none` embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's
+token table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
+Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces Embed(q) at every
+position.
 
 To add a sixth fusion:
-    1. Derive a class from CodeFusion. In __init__ set self.slots, which is P, if it is not n, and self.class_slots if
-       fewer of these rows hold the class token.
+    1. Derive a class from CodeFusion. self.slots, which is P, and self.class_slots, the rows with the class token,
+       start as n. In __init__ change the first if P is not n, the second if fewer than n rows hold the class token.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L, D] and return a Fused made from it.
     3. If every block needs an extra layer, return it from make_cross_attention. The block computes
-       x + layer(x, context) between self-attention and MLP. fast.py expects a CrossAttention there.
+       x + layer(x, context) between self-attention and MLP. fast.py needs a CrossAttention and a context there.
     4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
 If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes.
 
-generator.py calls a fusion once per forward pass. fast.py calls it once per batch of images, before sampling begins.
+generator.py calls a fusion in each forward pass. For sampling fast.py calls it once, before the first iteration.
 """
 from typing import NamedTuple
 

@@ -1,7 +1,8 @@
 """The continuous generator: a masked autoencoder over the tokens of an image, with a diffusion head for each token.
 
 D2C (2503.17155) section 4.2, which extends MAR (2406.11838). The model learns p(latents | class, codes). Latents are
-L continuous tokens of an image with C channels each. Codes are discrete tokens of the same image, drawn by prior.py.
+L continuous tokens of an image with C channels each. Codes are discrete tokens of the same image. In sampling prior.py
+draws them; in training they are the image's own, and Prior.mixture may replace a part by draws of the prior.
 In training, a random part of the continuous tokens is hidden. The network sees the other tokens, the class and the
 codes, and computes a vector z for every position. At hidden positions the diffusion head (diffloss.py) learns to draw
 the token from z. Sampling starts with all tokens hidden and draws some of them in each iteration.
@@ -39,7 +40,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # class rows in front of the tokens; with fusion qformer, queries replace some
+    prefix: int = 64           # n of fusion.py: class rows in front of the tokens
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
@@ -92,7 +93,7 @@ class Draws(NamedTuple):
     t: torch.Tensor          # [M, B, L] diffusion timesteps
     noise: torch.Tensor      # [M, B, L, C]
     posterior: torch.Tensor  # [B, L, C] noise with which KL.sample draws the latents, new at every step
-    codes: torch.Tensor      # [2, B, codes] uniform numbers with which Prior.mixture chooses the codes
+    codes: torch.Tensor      # [2, B, codes] uniform numbers for Prior.mixture: keep a code or not, and which instead
     hidden: int              # hidden tokens per image
 
     def rows(self, images):
@@ -191,7 +192,7 @@ class Generator(nn.Module):
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             null=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < hidden).float(),  # a random rank per token; the lowest ranks are hidden
+            mask=(rand(B, L).argsort(dim=1) < hidden).float(),  # a random permutation; hidden where below
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim),
             posterior=normal(B, L, c.token_dim),
@@ -222,14 +223,16 @@ class Generator(nn.Module):
                  orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None):
         """classes [B], codes [B, codes] (or None) -> latents [B, L, C]. MAR section 3.3. Call eval() first.
 
-        iterations      at most L; each draws one or more tokens, and all together draw every hidden token
+        iterations      at most the number of tokens to draw; each draws one or more of them
         steps           diffusion steps per token: an int, or a list with an int per iteration
-        cfg, schedule   guidance: `constant`, or `linear`, growing with the share of drawn tokens up to cfg; 1: none
+        cfg             strength of guidance; 1 is none
+        schedule        `constant`, or `linear`: guidance grows with the share of drawn tokens up to cfg
         cfg_from        iterations whose guidance is below this number skip the null branch
         temperature     scales the noise that the diffusion head adds in its steps
-        t_max           the diffusion timestep at which the head starts
+        t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
         orders [B, L]   a permutation of the positions per image; its last entry is drawn first (MAR hides a first part)
-        noise           a list, one [steps+1, B*n, C] per iteration, its rows image by image, in raster order
+        noise           a list, one [steps+1, B*n, C] per iteration for DiffusionHead.sample; its rows go image by
+                        image, in raster order
         generator       a torch.Generator on the model's device, or a list of B
         start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image
         watch           a function that is called after every iteration with the latents so far; hidden tokens are zero
@@ -304,8 +307,8 @@ def mask_ratio(uniform, low):
 def hidden_counts(L, iterations):
     """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left.
 
-    For L = 256 the rounded cosine alone would draw no token in 3 of 64 iterations, or in 53 of 256. Such an iteration
-    would run the network for nothing, so each iteration draws at least one token.
+    For L = 256 the cosine alone, rounded down, would draw no token in 3 of 64 iterations, or in 53 of 256. Such an
+    iteration would run the network for nothing, so each iteration draws at least one token.
     """
     counts, now = [], L
     for k in range(iterations - 1):

@@ -174,7 +174,7 @@ class Prior(nn.Module):
         return drawn.clone()  # outside of inference mode: a tensor that autograd may keep
 
     def mixture(self, codes, classes, share, uniform):
-        """Keeps each true code with probability `share`, else takes the resampled one.
+        """Keeps each true code with probability `share`, else takes the resampled one. Call eval() first.
 
         uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others.
         """
@@ -248,7 +248,7 @@ def pick(logits, uniform):
     """One code per distribution by the inverse of its cumulative sum: logits [..., K], uniform [...] -> int64 [...].
 
     torch.multinomial has the same distribution but takes one generator for the whole batch. With one uniform number
-    per code, an image depends on its own seed alone, whatever batch it is drawn in.
+    per code, from a generator per image, the random numbers of an image do not depend on the batch it is drawn in.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                                   # 1 up to rounding

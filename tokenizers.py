@@ -13,10 +13,11 @@ Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). Th
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
-The latent scale. Stage 2 wants latents with a standard deviation of 1. `latent_scale` measures the factor: stage 0
-stores it in kl.pt at its end; data.py measures it again on a cache, stores it there and warns when it differs by more
-than 5%. KL.sample multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with
-another scale than that of stage 2's training gives wrong contrast, so the generator's file stores the number too.
+The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
+stores it in kl.pt, which has the last word. data.py measures it again on the whole cache and warns if the two differ by
+more than 5%; its number serves only where kl.pt has none (VA-VAE). KL.sample multiplies by config.scale and KL.decode
+divides by it; no other code applies it. Decoding with another scale than that of stage 2's training gives wrong
+contrast, so stage 2 copies the number into the generator's file, and sample.py decodes with that copy.
 
 This file hides Hugging Face's package of the same name, which `transformers` imports. Code that runs from this folder
 can therefore not import `transformers`.
@@ -158,7 +159,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
-    With c.lapped the highest level also sees the picture of the linear path, [B, 3u^2, H/u, W/u], to correct it.
+    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Every pixel there depends
+    on several latents, and the convolutions learn to correct it.
     """
 
     def __init__(self, c, attention):
@@ -171,7 +173,7 @@ class Decoder(nn.Module):
             for i, w in enumerate(widths))
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3 * c.unshuffle**2, 3, padding=1)
         self.picture_in = None
-        if c.lapped:
+        if c.linear_path and c.lapped:
             self.picture_in = nn.Conv2d(3 * c.unshuffle**2, ([widths[0]] + widths)[last], 3, padding=1)
 
     def forward(self, x, picture=None):
@@ -265,7 +267,8 @@ def principal_axes(tiles, k):
     """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
 
     Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
-    Without any division the mean colour would drown the details.
+    Without any division the first components would have nearly all the variance, and an added noise that is small for
+    them would hide the details.
     """
     variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
     return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
@@ -420,7 +423,7 @@ class KL(Autoencoder):
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
-        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM adds LPIPS and a GAN.
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has no L2 but LPIPS and a GAN.
 
         The weight 1e-6 is LDM's. LDM sums the reconstruction error over pixels and colours and this code averages it,
         so the KL term counts 3HW times more here. With config.noise the decoder reads noised latents (l-DeTok,
@@ -430,7 +433,7 @@ class KL(Autoencoder):
         posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
         z = mean + (0.5 * logvar).exp() * posterior
         if self.config.noise:
-            # relative to z.std(): the encoder cannot escape the noise with larger latents
+            # relative to z.std(): the encoder cannot escape the noise by scaling all latents
             z = z + self.config.noise * strength * z.std() * added
         reconstruction = self.to_images(z)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()

@@ -18,7 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; only with -m slow")
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; run by -m cuda, skipped otherwise")
     config.option.markexpr = config.option.markexpr or "not slow"
+    if config.option.markexpr != "cuda":  # all other tests are written for the CPU and must not find a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def run_in_process(name, *args):
@@ -75,10 +78,10 @@ def toy(tmp_path_factory, works):
     root = tmp_path_factory.mktemp("toy")
     images, cache, run = str(root / "images"), str(root / "cache"), str(root / "run")
     train = lambda stage, data, *more: works("train", "--stage", stage, "--preset", "toy", "--data", data,
-                                             "--run", run, *more)
+                                             "--run", run, "--device", "cpu", *more)
     works("data", "--toy", 130, "--out", images)  # 130: three chunks of the cache
     train(0, images, "--steps", 16, "--batch", 8, "--grid-every", 0)
-    works("data", "--images", images, "--run", run, "--out", cache)
+    works("data", "--images", images, "--run", run, "--out", cache, "--device", "cpu")
     train(1, cache, "--steps", 40, "--grid-every", 0)
     train(2, cache, "--steps", 40, "--log-every", 10, "--grid-every", 40)
     return SimpleNamespace(images=images, cache=cache, run=run)

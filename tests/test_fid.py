@@ -50,7 +50,7 @@ def relative(a, b):
 
 
 def statistics(rows, batch=16):
-    return inception.mean_and_covariance(sum(inception.products(part) for part in torch.as_tensor(rows).split(batch)))
+    return fid.mean_and_covariance(sum(fid.products(part) for part in torch.as_tensor(rows).split(batch)))
 
 
 # --------------------------------------------------------------------------------------------------------- Inception
@@ -159,7 +159,7 @@ def test_recorded_scores(golden):
         logits = x[f"logits_unbiased_{size}"]
         assert fid.inception_score(logits) == pytest.approx(m[f"is_{size}_torch_fidelity"], rel=1e-9)
         want = m[f"is_{size}_adm_formula_one_chunk"]
-        assert fid.score_logits(logits, None, "adm")[0] == pytest.approx(want, abs=1e-6)
+        assert fid.inception_score(logits, adm=True)[0] == pytest.approx(want, abs=1e-6)
     pair = fid.precision_recall(real=x["pool_32"], fake=x["pool_256"])
     assert pair == tuple(m["precision_recall_256_vs_ref_32"])
     pair = fid.precision_recall(real=x["pool_256"][32:], fake=x["pool_256"][:32])
@@ -211,8 +211,8 @@ def test_statistics_are_those_of_all_rows():
     for mean, cov in (statistics(x, 500), statistics(x, 7)):
         assert np.allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
         assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
-    both = inception.products(x[:400]) + inception.products(x[400:])
-    for one, two in zip(inception.mean_and_covariance(both), statistics(x)):
+    both = fid.products(x[:400]) + fid.products(x[400:])
+    for one, two in zip(fid.mean_and_covariance(both), statistics(x)):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-9)
     with pytest.raises(UserError, match="1 images have no covariance"):
         statistics(x[:1])
@@ -227,7 +227,7 @@ def test_statistics_are_those_of_all_rows():
 def test_inception_score_closed_forms():
     certain = torch.full((400, 8), -1000.0)
     certain[torch.arange(400), torch.arange(400) % 8] = 0  # every class as often as the next
-    assert fid.score_of([certain])[0] == pytest.approx(8)
+    assert fid.inception_score(certain, splits=1)[0] == pytest.approx(8)
     assert fid.inception_score(torch.zeros(100, 8)) == pytest.approx((1, 0))
     with pytest.raises(UserError, match="at least 10 images"):
         fid.inception_score(certain[:9])
@@ -238,11 +238,12 @@ def test_inception_score_in_the_order_of_the_protocol():
     logits = torch.randn(10_000, 4, generator=torch.Generator().manual_seed(0)) * 3
     names = [f"{i % 3}/{i:06d}.png" for i in range(10_000)]
     by_path = sorted(range(10_000), key=names.__getitem__)
-    read = logits[by_path], [names[i] for i in by_path]
-    assert fid.score_logits(logits, names, "torch-fidelity") == fid.score_logits(*read, "torch-fidelity")
-    assert fid.score_logits(*read, "torch-fidelity") == fid.inception_score(logits[by_path])
-    assert fid.score_logits(*read, "adm") == fid.score_of([logits[:5000], logits[5000:]])
-    assert fid.score_logits(*read, "adm") == fid.score_logits(logits, None, "adm")
+    read = [names[i] for i in by_path]
+    assert fid.inception_score(logits, names=names) == fid.inception_score(logits[by_path], names=read)
+    assert fid.inception_score(logits[by_path], names=read) == fid.inception_score(logits[by_path])
+    halves = [fid.inception_score(half, adm=True)[0] for half in logits.split(5000)]  # a part each
+    assert fid.inception_score(logits[by_path], names=read, adm=True) == (np.mean(halves), np.std(halves))
+    assert fid.inception_score(logits[by_path], names=read, adm=True) == fid.inception_score(logits, adm=True)
 
 
 def test_precision_recall_in_blocks():
@@ -446,7 +447,7 @@ def test_crop_of_a_reference(fake, toy, works, tmp_path):
     assert made["crop"] == 32 and made["size"] == [32, 32] and made["images"] == 4
 
 
-def test_reconstruction(fake, toy, works, copy_run):
+def test_reconstruction(fake, toy, works, script, copy_run):
     """rFID, PSNR and SSIM of both tokenizers, and of one where there is only one."""
     said = works("fid", "--reconstruct", toy.run, toy.images, "--batch", 50)
     both = result()["figures"]
@@ -465,6 +466,9 @@ def test_reconstruction(fake, toy, works, copy_run):
     works("fid", "--reconstruct", kl.parent, toy.images)
     assert result()["figures"]["kl"]["psnr"] == pytest.approx(both["kl"]["psnr"], rel=1e-3)
     assert list(result()["figures"]) == ["kl"]
+    for size in (8, 30):  # SSIM's window has 11 pixels, and the tokenizers' stride does not divide 30
+        out = script("fid", "--reconstruct", toy.run, toy.images, "--crop", size)
+        assert out.code == 1 and "for SSIM of at least 11" in out.err and "Traceback" not in out.err
 
 
 def test_labels_and_table(fake, drawn, works, toy):
