@@ -63,7 +63,7 @@ def choose_device(name: str | None, ranks: int, local: int) -> torch.device:
     mps = torch.backends.mps.is_available() and ranks == 1  # PyTorch has no process group for MPS
     name = name or ("cuda" if gpus else "mps" if mps else "cpu")
     refuse([(not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name), f"--device must be cuda, cuda:N, mps or cpu, not {name}"),
-            (name == "mps" and not mps, "mps needs an Apple GPU that PyTorch sees, and a single process")])
+            (name == "mps" and not mps, "there is no mps: it takes an Apple GPU that PyTorch sees, and one process")])
     if name.startswith("cuda"):
         name = f"cuda:{local}" if ranks > 1 or name == "cuda" else name
         refuse([(torch.device(name).index >= gpus, f"there is no {name}: this PyTorch sees {gpus} CUDA GPUs")])

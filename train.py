@@ -10,7 +10,7 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
-train-N.pt and train-N.previous.pt, log.jsonl (which repeats steps that a stop made necessary again), and grids/.
+train-N.pt and train-N.previous.pt, samples in grids/, and log.jsonl. A resumed run may log some steps again.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
@@ -47,6 +47,7 @@ from tokenizers import Decoder, Encoder, latent_scale
 # ----------------------------------------------------------------------------------------------------------- stages
 
 KINDS = (("vq", "kl"), ("prior",), ("generator",))  # the models that each stage trains
+
 
 class Stage(nn.Module):
     """What the loop needs to know of a stage. Each stage sets data and trained, and defines forward and picture.
@@ -109,7 +110,7 @@ class Tokenizers(Stage):
                                       for kind in KINDS[0] if args.only in (None, kind)})
 
     def start(self):
-        number = 2000 * 64**2 // self.preset.image_size**2  # of images, which then fill as much memory at any size
+        number = 2000 * 64**2 // self.preset.image_size**2  # of images; fewer large ones, to bound the memory
         for model in self.trained.values():
             if model.config.linear_path:
                 images, = self.data.batch(range(min(number, len(self.data))))
@@ -169,8 +170,8 @@ class PriorStage(Stage):
 
     def picture(self, models):
         s, generators = self.preset.sampling, [rng(self.device, "grid", i) for i in range(16)]
-        codes = fast.generate_codes(models["prior"], self.shown, s.prior_cfg, s.prior_temperature, top_k=s.top_k,
-                                    top_p=s.top_p, generator=generators)
+        codes = fast.generate_codes(models["prior"], self.shown, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p,
+                                    generators)
         return sample.to_uint8(self.frozen["vq"].decode(codes))
 
 
@@ -307,8 +308,8 @@ def settings(stage) -> dict:
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # it is measured along the way
     condition = stage.about.get("condition", "")
-    # then the share of true codes or the learning rate depends on the steps; with --hours they may still change
-    steps = args.steps if ("-" in condition or stage.recipe.decay > 0) and not args.hours else None
+    moves = "-" in condition or stage.recipe.decay > 0  # then share of true codes or learning rate depend on the steps
+    steps = args.steps if moves and not args.hours else None
     return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
             "data": stage.data.identity, "size": None if args.stage else args.size}
 
@@ -341,12 +342,10 @@ def resume(stage):
     for name, p in stage.trained.named_parameters():
         groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # MAR decays nothing in the diffusion head
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
-    if state is None:
-        return ema, loss_of, optimizer, Watch(world), 0
-    # its own groups, because the state may come from another kind of device
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
-    shard_moments(optimizer)
-    return ema, loss_of, optimizer, Watch(world, state["skipped"]), state["step"]
+    if state is not None:  # it may come from another kind of device, so the optimizer keeps its own settings
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        shard_moments(optimizer)
+    return ema, loss_of, optimizer, Watch(world, state["skipped"] if state else 0), state["step"] if state else 0
 
 
 def save(stage, ema, optimizer, watch, step):
@@ -386,7 +385,8 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
     args, device = stage.args, stage.device
     data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
     done, logged, clock, notes, told = first, first, time.time(), {}, time.time() + MINUTE
-    bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", disable=stage.world.rank > 0)
+    bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", mininterval=1,
+               disable=stage.world.rank > 0)
     stage.trained.train()
     while done < args.steps:
         step, done = done, done + 1
@@ -421,8 +421,8 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             logged, clock, notes = done, time.time(), {}
             if replan and done >= min(3 * args.log_every, args.steps):
                 seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
-                args.steps, replan = replan(float(seconds), done), None
-                bar.total = args.steps
+                args.steps = bar.total = replan(float(seconds), done)
+                replan = None
             if time.time() > told:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 told = math.inf
@@ -468,6 +468,7 @@ def fix_steps(path: str, plan: dict, stages: list, seconds: float, least: int) -
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
     plan["seconds"][stage] = steps * seconds
     write_json(path, plan)
+    print0(f"stage {stage}: {steps:,} steps fit into the hours")
     return steps
 
 
