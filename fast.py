@@ -94,10 +94,8 @@ ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row 
 
 
 @lru_cache
-def respaced(steps, t_max, device):
-    """-> the Schedule of these steps, and its timesteps [S] on the device. The host waits for a copy, so copy once."""
-    s = Schedule(spaced_timesteps(steps, t_max))
-    return s, torch.tensor(s.timesteps, device=device)
+def respaced(steps, t_max) -> Schedule:
+    return Schedule(spaced_timesteps(steps, t_max))
 
 
 def modulations(net, y):
@@ -128,12 +126,13 @@ def body(net, x, several, j):
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
                 graphs=None):
     """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA."""
-    N, C, guided, (s, timesteps) = len(z), head.config.token_dim, cfg != 1, respaced(steps, t_max, z.device)
+    N, C, s, guided = len(z), head.config.token_dim, respaced(steps, t_max), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        times = head.net.embed_time(timesteps)                                       # [S, width]
+        # [S, width]; of head.timesteps, which are on the device already: the host would wait for a copy
+        times = head.net.embed_time(torch.stack([head.timesteps[t] for t in s.timesteps]))
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
         loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)
         if graphs is None:

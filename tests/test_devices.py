@@ -229,8 +229,6 @@ def test_generator_on_a_fake_gpu(fusion):
     with META:
         model, (latents, classes, codes) = Generator(replace(CONFIG, fusion=fusion)), conditions()
     steps = [2, 3]
-    for n in steps:
-        fast.respaced(n, 900, META)  # copies the timesteps to the device, once for all calls
     with fake_gpu():
         draws = model.draw(2 * B, numbers(), uniform=0.4).rows(slice(B, 2 * B))
         fast.loss(model, latents, classes, codes, draws).backward()
@@ -243,7 +241,6 @@ def test_generator_on_a_fake_gpu(fusion):
 def test_head_on_a_fake_gpu():
     with META:
         head, x, z = DiffusionHead(HeadConfig(C, 8, 2, 32)), torch.empty(6, C), torch.empty(6, 8)
-    fast.respaced(3, 999, META)
     with fake_gpu():
         head.loss(x, z).sum().backward()
         t, noise = torch.zeros(4, 6, dtype=torch.int64, device=META), torch.empty(4, 6, C, device=META)
