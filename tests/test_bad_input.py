@@ -522,7 +522,7 @@ def weights_onto_themselves(c):
     return "checkpoints", c.toy.run, f"{c.toy.run}/."
 
 
-@case("mps needs an Apple GPU")
+@case("no mps")
 def mps_without_apple(c):
     if torch.backends.mps.is_available():
         pytest.skip("there is an Apple GPU")
