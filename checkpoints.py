@@ -8,19 +8,15 @@
     python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
     python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
 
-A run directory holds {vq,kl,prior,generator}.pt. Any of the four may be an official file under that name:
-
-    vq         LlamaGen: vq_ds16_c2i.pt
-    kl         MAR: kl16.ckpt; CompVis: kl-f16; VA-VAE: f16, 32 channels
-    prior      LlamaGen: c2i_{B,L,XL,XXL}
-    generator  MAR: checkpoint-last.pth
-"""
+A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file of that name: LlamaGen's vq_ds16_c2i.pt;
+MAR's kl16.ckpt, CompVis' kl-f16, VA-VAE's f16; LlamaGen's c2i_{B,L,XL,XXL}; MAR's checkpoint-last.pth."""
 import argparse
 import csv
 import hashlib
 import os
 import re
 from dataclasses import asdict, fields, replace
+from functools import reduce
 from itertools import count
 
 import torch
@@ -115,8 +111,7 @@ def save_state(path: str, kind: str, configs: dict, **content):
 def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
     """-> the training state to resume from, or None for a new training. All ranks call it.
 
-    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states.
-    """
+    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states."""
     if is_first():
         sweep(os.path.dirname(path))
     if fresh:
@@ -185,7 +180,8 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
         config = CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     else:
         _, names, convert = OFFICIAL[kind]
-        state = {rename(k, names): v for k, v in official_state(content, ema).items() if not k.startswith(IGNORED)}
+        rename = lambda name: reduce(lambda name, pair: name.replace(*pair), names, name)
+        state = {rename(k): v for k, v in official_state(content, ema).items() if not k.startswith(IGNORED)}
         try:
             config, state = convert(path, content, state)
         except KeyError as error:
@@ -204,8 +200,7 @@ def kind_of(path: str, content: dict) -> str:
     """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
     if "format" in content:
         return content["kind"]
-    state = official_state(content)
-    kinds = [kind for kind, (mark, _, _) in OFFICIAL.items() if mark in state]
+    kinds = [kind for kind, (mark, _, _) in OFFICIAL.items() if mark in official_state(content)]
     refuse([(not kinds, f"{path} holds no weights that this code recognises; see docs/weights.md")])
     return kinds[0]
 
@@ -222,8 +217,8 @@ def read_classes(path: str) -> dict | None:
 
 
 # -------------------------------------------------------------------------------------------------- official layouts
-# `official_state` finds the tensors of an official file, `rename` gives each our name, and a convert function reads the
-# config from their shapes. `parse` then refuses unknown and absent tensors. The name of the file says nothing.
+# `official_state` finds the tensors of an official file. `parse` gives each our name, lets a convert function read the
+# config from their shapes, and refuses unknown and absent tensors. The name of the file says nothing.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
 IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # by our modules
@@ -237,19 +232,12 @@ def official_state(content: dict, ema: bool = True) -> dict:
             if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
-def rename(name: str, pairs: list) -> str:
-    """Our name of an official tensor: replaces pieces of its name in the order of `pairs` (theirs, ours)."""
-    for theirs, ours in pairs:
-        name = name.replace(theirs, ours)
-    return name
-
-
 def length(state: dict, prefix: str) -> int:
     """The number of modules in a list, from names like prefix + "3.weight"."""
     return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
 
-# Pieces of the tensors' names: theirs, ours. What is not listed is the same in both.
+# Pieces of the tensors' names: theirs, ours, replaced in this order. What is not listed is the same in both.
 AUTOENCODER_NAMES = [
     (".downsample.", ".resample."), (".upsample.", ".resample."), ("nin_shortcut", "shortcut"), ("proj_out", "proj"),
     (".conv_blocks.", ".levels."), (".res.", ".blocks."), ("quantize.embedding", "codebook"),           # LlamaGen
@@ -365,8 +353,8 @@ def describe(path: str) -> str:
 
 def copy_in_half_precision(source: str, target: str):
     """Copies the weights that sampling needs from one run directory to another, in fp16."""
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError("source and target are the same folder; its files would lose half of their precision.")
+    refuse([(os.path.realpath(source) == os.path.realpath(target),
+             "source and target are the same folder; its files would lose half of their precision")])
     fusion = load(os.path.join(source, "generator.pt"), "generator")[0].fusion
     kinds = tuple(CONFIGS) if FUSIONS[fusion].reads_codes else ("kl", "generator")
     for kind in kinds:
@@ -375,8 +363,8 @@ def copy_in_half_precision(source: str, target: str):
         refuse([("format" not in content, f"{path} is an official file; copy it as it is")])
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
         if "tokenizers" in content:  # their weights have just been rounded
-            content["tokenizers"] = {k: checksum(load(os.path.join(target, f"{k}.pt"), k)[1])
-                                     for k in ("vq", "kl") if k in kinds}
+            rounded = lambda k: load(os.path.join(target, f"{k}.pt"), k)[1]
+            content["tokenizers"] = {k: checksum(rounded(k)) for k in content["tokenizers"] if k in kinds}
         write(copy, content)
         print(f"{copy}  {os.path.getsize(copy) / 1e6:.1f} MB")
 
@@ -387,10 +375,9 @@ def main():
     parser.add_argument("target", nargs="?", help="the copy of the run, in half precision")
     args = parser.parse_args()
     if args.target is not None:
-        copy_in_half_precision(args.source, args.target)
-    else:
-        refuse([(os.path.isdir(args.source), f"{args.source} is a folder; give a file in it, or a target for a copy")])
-        print(describe(args.source))
+        return copy_in_half_precision(args.source, args.target)
+    refuse([(os.path.isdir(args.source), f"{args.source} is a folder; give a file in it, or a target for a copy")])
+    print(describe(args.source))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ crop. Training therefore runs no encoder. `header.json` says what data.py made t
 not be read. `part-000.npy`, `part-001.npy`, ... are arrays [n, V] of entries (`entry_type`), one for each view of each
 image. The file of a part is either whole or absent. After a stop, the same command makes the missing parts.
 
-train.py reads `Folder` in stage 0 and `Cache` in stages 1 and 2. `Order` decides for both which images step k of a run
-sees. sample.py and fid.py call `read_image`.
-"""
+train.py reads `Folder` in stage 0 and `Cache` in stages 1 and 2. `Order` decides which images step k of a run sees."""
 import argparse
 import hashlib
 import json
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 import checkpoints
 from faults import run_script
-from runtime import UserError, barrier, print0, refuse, setup, sweep, write_file, write_json
+from runtime import UserError, barrier, print0, read_json, refuse, setup, sweep, write_file, write_json
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -68,8 +66,7 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
 def open_image(path: str, size: int | None = None, upright=False) -> Image.Image | None:
     """The picture in RGB, its transparent parts on white. None if the file is no readable image or is too large.
 
-    size: of the crop that the caller will make. upright: obey the camera's EXIF note, which ADM's loader ignores.
-    """
+    size: of the crop that the caller will make. upright: obey the camera's EXIF note, which ADM's loader ignores."""
     try:
         with Image.open(path) as image:
             enlarged = max(1, size / min(image.size)) if size else 1  # the crop enlarges a narrow strip before it cuts
@@ -95,8 +92,7 @@ def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
 def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
     """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
 
-    A random crop depends on the picture, the key and the view's number only: not on stops or the number of ranks.
-    """
+    A random crop depends on the picture, the key and the view's number only: not on stops or the number of ranks."""
     image = open_image(path, size)
     if image is None:
         return None
@@ -108,9 +104,8 @@ def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None
 
 def refuse_many(bad: list, paths: list, then=""):
     """Raises if more than 1% of the images cannot be read. `then` ends the sentence. Fewer images are skipped."""
-    if len(bad) > 0.01 * len(paths):
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. {bad[0]}; "
-                        f"repair or remove them{then}.")
+    refuse([(len(bad) > 0.01 * len(paths), f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. "
+             f"{''.join(bad[:1])}; repair or remove them{then}")])
 
 
 def to_float(images) -> torch.Tensor:
@@ -193,19 +188,11 @@ def write_header(path: str, header: dict):
 
 def read_header(path: str) -> dict:
     """The header of a cache without its checksum."""
-    file = os.path.join(path, "header.json")
-    if not os.path.isfile(file):
-        raise UserError(f"{path} is not a token cache; make one: python data.py --images DIR --run RUN --out {path}")
-    try:
-        with open(file) as f:
-            header = json.load(f)
-        right = header.pop("checksum") == text_hash(header) and header["format"] == FORMAT
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # JSON's errors are ValueErrors
-        right = False
-    if not right:
-        raise UserError(f"{file} is damaged, changed or of another format; remove {path} and make the cache again.")
+    header = read_json(file := os.path.join(path, "header.json"))
+    refuse([(header is None, f"{path} is not a token cache; make it: data.py --images DIR --run RUN --out {path}")])
+    right = isinstance(header, dict) and header.pop("checksum", None) == text_hash(header)
+    refuse([(not right or header.get("format") != FORMAT,
+             f"{file} is damaged, changed or of another format; remove {path} and make the cache again")])
     return header
 
 
@@ -214,10 +201,8 @@ def read_header(path: str) -> dict:
 class Order:
     """Sample number, counted from the start of training -> (image, view).
 
-    Every epoch is a new permutation of the images, and each image shows one view, drawn at random. With `labels`, one
-    per image, an epoch is balanced: it shows every class equally often, at the same number of images in total. A small
-    class then repeats its images, and a large class shows other images in the next epoch.
-    """
+    Every epoch is a new permutation of the images; each shows one view, drawn at random. With `labels`, one per image,
+    an epoch of that length shows every class equally often: small classes repeat images, large ones leave some out."""
 
     def __init__(self, images: np.ndarray, seed: int, views: int = 2, labels: np.ndarray | None = None):
         self.classes = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
@@ -282,8 +267,7 @@ class Cache:
         readable = np.delete(np.arange(h["images"]), h["skipped"])
         self.order = Order(readable, seed, h["views"], labels[readable] if balanced else None)
 
-    def __len__(self):
-        """Images per epoch."""
+    def __len__(self):  # images per epoch
         return len(self.order)
 
     def check_tokenizer(self, kind: str, model, path: str):
@@ -312,8 +296,7 @@ def ahead(load, steps):
 
 
 def batches(data, world, batch: int, micro: int, first: int, last: int):
-    """Yields a pair for each pass of the steps first to last - 1: this rank's rows of the global batch, a slice of
-    `micro` images, and their tensors on the rank's device."""
+    """Yields for each pass of the steps first to last - 1 this rank's rows of the batch, a slice, and their tensors."""
     cuda = world.device.type == "cuda"
     rows = [slice(start, start + micro) for start in range(world.rank * micro, batch, world.size * micro)]  # per pass
     numbers = (range(step * batch, (step + 1) * batch)[r] for step in range(first, last) for r in rows)

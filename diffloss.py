@@ -14,15 +14,13 @@ improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timestep
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
 
-Precision. The first reverse step multiplies an error of eps by 316 at 100 steps, or by 632 at 50: eps gives x_0, which
-gives the mean of the next x (x_from_eps * mean_x0 of Schedule), and abar at the noisiest timestep is only 2.4e-9. bf16
-rounds a value near 1 by up to 0.4%. Times 316 that is 1.2, more than one standard deviation of the latents; later steps
-correct most of it, not all. Therefore autocast is off in loss and sample. In the forward pass the layers `input`, which
-sums only C products, and `output`, which stands right before the factor 316, run in fp32; they are cheap. The blocks
-may round the inputs of their products to TF32 (0.05%): each result sums hundreds of products whose errors largely
-cancel. Measured on a small trained head with the roundings imitated on a CPU, 100 steps, as root mean square of the
-change over that of the samples: 0.5% by TF32 in the blocks, 15% by bf16 everywhere.
-"""
+Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (x_from_eps * mean_x0 of Schedule),
+because abar at the noisiest timestep is only 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 that is 1.2,
+more than one standard deviation of the latents; later steps correct most of it, not all. Therefore autocast is off in
+loss and sample. The layers `input`, which sums only C products, and `output`, which stands right before the factor 316,
+run in fp32; they are cheap. The blocks may round the inputs of their products to TF32 (0.05%): each result sums
+hundreds of products whose errors largely cancel. Measured on a small trained head, 100 steps, roundings imitated on a
+CPU, as root mean square of the change over that of the samples: 0.5% by TF32 in the blocks, 15% by bf16 everywhere."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,11 +54,8 @@ def spaced_timesteps(steps, t_max=T - 1):
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
     stride = t_max / max(steps - 1, 1)
-    kept, position = [], 0.0
-    for _ in range(steps):
-        kept.append(round(position))
-        position += stride  # accumulated, not i * stride: the rounding must fall as it does in the official code
-    return kept
+    # a running sum, not i * stride: the rounding must fall as it does in the official code
+    return [round(t) for t in accumulate([stride] * (steps - 1), initial=0.0)]
 
 
 class Schedule:
@@ -169,11 +164,9 @@ class DiffusionHead(nn.Module):
     def loss(self, x, z, t=None, noise=None, net=None):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
-        t [N] int64 and noise [N, C] are drawn when None. Pass t [M, N] and noise [M, N, C] for M draws per row; the
-        result is then [M, N]. IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step
-        estimates a thousandth of that sum, so its weight here is 1. No gradient of the bound reaches eps. net: another
-        form of self.net, which fast.py brings.
-        """
+        t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
+        IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step estimates a thousandth of
+        that sum, so its weight here is 1. No gradient of the bound reaches eps. net: fast.py's form of self.net."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t
@@ -200,8 +193,7 @@ class DiffusionHead(nn.Module):
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
         is never used, because no noise is added at t = 0; recorded noise of the official code has it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
-        t_max: it skips the noisiest steps, which amplify the errors of a head that was trained briefly.
-        """
+        t_max: it skips the noisiest steps, which amplify the errors of a head that was trained briefly."""
         N, C = len(z), self.config.token_dim
         s = Schedule(spaced_timesteps(steps, t_max))
         guided = cfg != 1
@@ -233,18 +225,11 @@ class DiffusionHead(nn.Module):
         return f * high + (1 - f) * low
 
 
-def normal_cdf(x):
-    """The tanh approximation of the standard normal's distribution function that IDDPM uses."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
 def discretized_log_likelihood(x, mean, log_std):
     """log P of the bin of width 2/255 around x, under a Gaussian, as in IDDPM; all [..., C], in nats.
 
-    The bins are those of 8-bit pixels in [-1, 1]; the outermost ones are open. Latents have no bins, but the official
-    loss applies this likelihood at t = 0 all the same.
-    """
-    inverse = (-log_std).exp()
-    upper, lower = normal_cdf(inverse * (x - mean + 1 / 255)), normal_cdf(inverse * (x - mean - 1 / 255))
+    The bins are those of 8-bit pixels in [-1, 1], the outer ones open. The official loss uses it for latents too."""
+    cdf = lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))      # of N(0, 1), nearly
+    upper, lower = (cdf((-log_std).exp() * (x - mean + edge)) for edge in (1 / 255, -1 / 255))
     log = lambda p: p.clamp(min=1e-12).log()
     return torch.where(x < -0.999, log(upper), torch.where(x > 0.999, log(1 - lower), log(upper - lower)))

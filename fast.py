@@ -3,16 +3,12 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, draws.mask, draws.t,
-                                                                  draws.noise, draws.null)
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, *these random numbers)
 
 The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (where it
 decides between two codes, they may differ; with dropout they agree in distribution). The tests assert it for every
-fusion. train.py and sample.py call these functions;
-`sample.py --plain` calls the plain ones. Each section says what is rewritten, why it is exact and what it saves. The
-ratios, plain time over fast time, were measured on two CPU cores with `python tools/bench.py`; docs/speed.md has all.
-"""
-from functools import lru_cache
+fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Each section says what is
+rewritten, why it is exact and what it saves: plain time over fast time on two CPU cores (docs/speed.md)."""
 from typing import NamedTuple
 
 import torch
@@ -25,10 +21,9 @@ from prior import choose, rotate, uniform_numbers
 
 # ------------------------------------------------------------------------------------------- products of few rows
 # A step of the prior has one row per image, a step of the head one row per token; with guidance, two. For 3 to about
-# 48 rows the CPU's library (MKL) first copies the weights W into another layout, which takes longer than the product.
-# Two forms avoid the copy: (W x^T)^T; and, for at most 8 rows, where it is the faster one, a batch of 32 products with
-# the 32 parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2. The numbers in the condition
-# were measured on one kind of CPU; the copy of a W with fewer than 2^19 entries costs nothing.
+# 48 rows the CPU's library (MKL) first copies a large W into another layout, which takes longer than the product. Two
+# forms avoid the copy: (W x^T)^T; and, for at most 8 rows, where it is the faster one, a batch of 32 products with the
+# 32 parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2, measured on one kind of CPU.
 
 def linear(layer, x):
     """layer(x) of a torch.nn.Linear."""
@@ -85,17 +80,11 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # --------------------------------------------------------------------------------------- the diffusion head's loop
 # The plain loop computes net(x, t, z) at every step, but most of its arithmetic does not depend on x. All timesteps are
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
-# SiLU(time + z). SiLU is not linear, so a projection does not split into a time part and a z part: each (step, token)
-# needs its own. But none depends on x, so one product computes the projections of several steps and reads the weights
-# once for all of them. TF32 is allowed where HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor
-# of 2.9 (4 guided rows, 100 steps).
+# SiLU(time + z). SiLU is not linear, so each (step, token) needs its own. But none depends on x, so one product
+# computes the projections of several steps and reads the weights once for all of them. TF32 is allowed where
+# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 2.9 (4 guided rows, 100 steps).
 
 ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row takes (3 * depth + 2) * width floats
-
-
-@lru_cache
-def respaced(steps, t_max) -> Schedule:
-    return Schedule(spaced_timesteps(steps, t_max))
 
 
 def modulations(net, y):
@@ -126,7 +115,7 @@ def body(net, x, several, j):
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
                 graphs=None):
     """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA."""
-    N, C, s, guided = len(z), head.config.token_dim, respaced(steps, t_max), cfg != 1
+    N, C, s, guided = len(z), head.config.token_dim, Schedule(spaced_timesteps(steps, t_max)), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
@@ -170,8 +159,7 @@ class Graphs:
     """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).
 
     The key must hold everything that the function depends on besides the values of its inputs. A graph reads weights
-    at the addresses that it recorded: it sees training in place, but not a parameter that moved to new memory.
-    """
+    at the addresses that it recorded: it sees training in place, but not a parameter that moved to new memory."""
 
     def __init__(self):
         self.recorded = {}
@@ -206,14 +194,13 @@ class Graphs:
 #    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
 #    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
-#    each cross-attention computes from it, are computed once per image instead of once per iteration. For the null
-#    class they are the same for all images: a caller may compute them once (null_condition) for all its calls.
+#    each cross-attention computes from it, are computed once per image. For the null class they are the same for all
+#    images: a caller may compute them once (null_condition) for all its calls.
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
 # Exact: every row is computed from the same rows as before. All of it, with the head's loop above, saved a factor of
-# 1.7 (MAR-B, 64 iterations x 100 steps, batch 1) before the code was rearranged. Training uses the first idea and
-# head_net.
+# 1.7 (MAR-B, 64 iterations x 100 steps, batch 1). Training uses the first idea and head_net.
 
 class Prepared(NamedTuple):
     """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
@@ -226,9 +213,8 @@ class Prepared(NamedTuple):
 @torch.no_grad()
 def prepare(model, classes, codes) -> Prepared:
     fused = model.fuse(classes, codes)
-    read = lambda b: None if b.cross is None else b.cross.attention.keys_values(fused.context)
-    return Prepared(fused.prefix, fused.mask_codes, [read(b) for b in model.encoder_blocks],
-                    [read(b) for b in model.decoder_blocks])
+    read = lambda blocks: [b.cross and b.cross.attention.keys_values(fused.context) for b in blocks]
+    return Prepared(fused.prefix, fused.mask_codes, read(model.encoder_blocks), read(model.decoder_blocks))
 
 
 def null_condition(model) -> Prepared:
@@ -325,21 +311,19 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
         else:
             z, z_null = hidden(model, x[:, :a], order, a, b, images).flatten(0, 1), None
         noise_k = plan.draw_noise(k, C) if noise is None else noise[k]
-        drawn = sample_head(model.head, z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, None, t_max,
-                            graphs)
-        x[:, a:b] = drawn.view(B, b - a, C)
+        draw = (plan.cfg[k], plan.steps[k], temperature, noise_k, None, t_max, graphs)
+        x[:, a:b] = sample_head(model.head, z, z_null, *draw).view(B, b - a, C)
         if watch:
             watch(rows_at(x, raster))
     return rows_at(x, raster)
 
 
 def head_net(net, x_t, t, z):
-    """HeadNet.forward for many rows: each timestep is embedded once, SiLU(y) is computed once, and every addcmul saves
-    a pass over memory."""
-    table = net.embed_time(torch.arange(T, device=t.device)) if t.numel() > T else None
+    """HeadNet.forward for many rows: embeds each timestep once, computes SiLU(y) once; an addcmul saves a pass."""
     with tf32(False):
         x = net.input(x_t)                                                           # [M, N, width]
-        y = F.silu((net.embed_time(t) if table is None else F.embedding(t, table)) + net.cond(z))
+        times = F.embedding(t, net.embed_time(torch.arange(T, device=t.device))) if t.numel() > T else net.embed_time(t)
+        y = F.silu(times + net.cond(z))
         with tf32():
             for block in net.blocks:
                 shift, scale, gate = block.modulation(y).chunk(3, dim=-1)

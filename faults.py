@@ -6,8 +6,7 @@
     a rank that dies                  the other ranks notice and end (`Pulse`)
     torchrun --max-restarts           the ranks of the new start find each other (`meet`)
 
-Every script ends with `run_script(main)`; train.py uses `Watch`. docs/reliability.md lists what was tried.
-"""
+Every script ends with `run_script(main)`; train.py uses `Watch`. docs/reliability.md lists what was tried."""
 import os
 import signal
 import sys
@@ -35,9 +34,8 @@ class Stopped(KeyboardInterrupt):
 def run_script(main):
     """Runs main() and ends the process: exit code 0, or 1 after an error, or 128 + number after a signal.
 
-    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback.
-    Of several ranks that fail together, the first one prints, and all end.
-    """
+    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. Of
+    several ranks that fail together, the first one prints, and all end."""
     def stop(number, frame):
         raise Stopped(number, "stopped; run the same command again to go on")
 
@@ -81,9 +79,7 @@ def run_script(main):
 class Pulse:
     """A thread in each rank that says once a second "I live", listens to the next rank, and ends all when one dies.
 
-    Without it the living ranks would wait for the dead one: NCCL for hours, gloo until a traceback that names nobody.
-    Their notes are in the key-value store of torchrun, which is on the first node.
-    """
+    Without it the living ranks would wait for the dead one, on NCCL for hours. The notes are in torchrun's store."""
 
     def __init__(self):
         store, self.rank, self.size = next(dist.rendezvous("env://"))
@@ -142,14 +138,11 @@ class Pulse:
 def meet(store, rank: int, ranks: int) -> str:
     """-> a name of this start of the program, the same on all its ranks and different for every start.
 
-    The problem: `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store
-    (seen in PyTorch 2.13). Addresses of dead ranks are still in it, and a rank that reads one waits for a dead process.
-    Each start therefore puts a name, chosen by rank 0, before its keys. But where do the other ranks read the name?
-
-    The solution: each rank asks with a word that it has just invented, and rank 0 answers to this word. No dead rank
-    can have written that answer. Rank 0 may read the question of a dead rank, which is still in the store. It answers
-    that question too, and looks again until the living rank has confirmed the name.
-    """
+    `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store, which still
+    holds addresses of dead ranks. Each start therefore puts a name, chosen by rank 0, before its keys. To get the name,
+    each rank asks with a word that it has just invented, and rank 0 answers to this word: no dead rank can have written
+    the answer. Rank 0 may read a dead rank's question; it answers that one too and looks again until the living rank
+    has confirmed the name."""
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question of {rank}", word)
@@ -183,10 +176,8 @@ def is_restart() -> bool:
 class Watch:
     """Two questions after each step, on which all ranks must agree: was it finite, and has one been asked to stop?
 
-    Neither makes the host wait for the GPU. The first answer is a tensor on the device, where the optimizer reads it
-    (`step_unless`). Signals arrive at the hosts, which exchange them in a gloo group while the next step runs, so the
-    second answer comes one step late.
-    """
+    Neither makes the host wait for the GPU. The first answer is a tensor on the device (see `step_unless`). Signals
+    arrive at the hosts, which exchange them in a gloo group during the next step: that answer comes one step late."""
     patience = 10  # a training ends after so many steps in a row that were not finite
 
     def __init__(self, world: World, skipped=0):
@@ -231,8 +222,7 @@ class Watch:
     def report(self):
         """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row.
 
-        Waits for the device. Raises a UserError after `patience` steps in a row that were not finite.
-        """
+        Waits for the device. Raises a UserError after `patience` steps in a row that were not finite."""
         if self.longest >= self.patience:
             raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
                             "checkpoint is from before; go on from it with a lower --lr.")
@@ -255,9 +245,8 @@ class Watch:
 def step_unless(bad: torch.Tensor, optimizer):
     """optimizer.step(), which leaves weights and moments as they are if `bad` is 1.
 
-    The problem: `if bad:` would make the host wait for the GPU in every step. The solution: a fused AdamW reads its
-    attribute `found_inf` on the device and skips the step where it is 1. PyTorch's GradScaler sets it in the same way.
-    """
+    `if bad:` would make the host wait for the GPU in every step. A fused AdamW reads its attribute `found_inf` on the
+    device instead and skips the step where it is 1. PyTorch's GradScaler sets it in the same way."""
     if bad.device.type != "mps":
         optimizer.found_inf = bad
         optimizer.step()

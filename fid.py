@@ -11,10 +11,8 @@
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt
 
-All figures except PSNR and SSIM come from the features of one network (inception.py). They go to result.json beside the
-samples, with every setting behind them. gFID scores generated images and rFID scores reconstructions; never compare the
-two. docs/evaluation.md says what each protocol does.
-"""
+All figures except PSNR and SSIM come from the features of one network (inception.py). They go to result.json, with all
+settings behind them. gFID scores generated images, rFID reconstructions; never compare the two (docs/evaluation.md)."""
 import argparse
 import glob
 import json
@@ -56,8 +54,7 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
     With S1 = R R', S1 S2 has the eigenvalues of R' S2 R. That matrix is symmetric, so they are real, where scipy's
     sqrtm can give imaginary parts. R drops the directions in which S1 has no variance; there are some if N <= D. Their
-    eigenvalues are rounding errors of 1e-16, but the square roots of these errors, 1e-8 each, would add up.
-    """
+    eigenvalues are rounding errors of 1e-16, but the square roots of these errors, 1e-8 each, would add up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
     refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
             (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
@@ -74,10 +71,8 @@ def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=
     """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
     torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
-    without a shuffle; sorted by class it would give 62 instead of 298 (guided-diffusion issue 165). For a folder ADM's
-    order here is that of the file names without their folders, which is sample.py's index. ADM's softmax is float32;
-    that moves the seventh digit. names: the files of the images, or None for an .npz.
-    """
+    without a shuffle, so images must not be sorted by class: for a folder its order here is that of the file names
+    without their folders, which is sample.py's index. names: the files of the images, or None for an .npz."""
     N, logits = len(logits), torch.as_tensor(logits).cpu()
     refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:
@@ -94,8 +89,7 @@ def precision_recall(real, fake, k: int = 3):
 
     Each point has a ball that reaches its k-th nearest neighbour in its own set. Precision is the share of fakes
     inside some real ball; recall is the share of reals inside some fake ball. Distances are float32, 1,000 rows at a
-    time. ADM computes them in float16, where they tie: it reads 0.001 (precision) and 0.002 (recall) higher.
-    """
+    time. ADM computes them in float16, where they tie: it reads 0.001 (precision) and 0.002 (recall) higher."""
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     refuse([(min(len(real), len(fake)) <= k, f"precision and recall need more than {k} images on both sides")])
     distances = lambda a, b: (torch.cdist(block, b) for block in a.split(1000))     # [1000, len(b)] each
@@ -112,8 +106,7 @@ def precision_recall(real, fake, k: int = 3):
 def psnr_ssim(a, b):
     """Two batches uint8 [B, 3, H, W] -> PSNR in dB and SSIM, each [B].
 
-    SSIM (Wang et al. 2004): an 11x11 Gaussian window of deviation 1.5, wherever the image contains all of it.
-    """
+    SSIM (Wang et al. 2004): an 11x11 Gaussian window of deviation 1.5, wherever the image contains all of it."""
     x, y = a.float(), b.float()
     psnr = 10 * (255**2 / (x - y).square().mean((1, 2, 3))).log10()
     window = torch.exp(-(torch.arange(11.0, device=x.device) - 5) ** 2 / (2 * 1.5**2))
@@ -131,8 +124,7 @@ def psnr_ssim(a, b):
 def products(rows):
     """Rows [n, D] -> the sum over the rows of (1, row)' (1, row), [1 + D, 1 + D]: n, first and second moments at once.
 
-    Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5.
-    """
+    Such sums of batches and of ranks can be added. Float64, because float32 would move an FID by 2e-5."""
     rows = F.pad((rows.cpu() if rows.device.type == "mps" else rows).double(), (1, 0), value=1.0)  # MPS has no float64
     return rows.T @ rows
 
@@ -154,8 +146,7 @@ def summands(model: Inception, metrics, images) -> dict:
 def measure(args, world, images, features) -> dict:
     """Adds up features(batch [B, 3, H, W]), a dictionary of products and of lists of rows, over all Images.
 
-    -> (mean, covariance) for products; [N, D] in the order of the images for lists. Dry runs and ranks above 0 get {}.
-    """
+    -> (mean, covariance) for products; [N, D] in the images' order for lists. Dry runs and ranks above 0 get {}."""
     print0(f"{images.about['path']}: {images.count} images of {'x'.join(map(str, images.size))} pixels; "
            f"protocol {args.protocol}, reference {args.reference or 'none'}")
     # Each rank takes a part of the batches, never of one batch: rounding inside the network depends on which images
@@ -176,8 +167,7 @@ class Images:
     """`count` images of `size` [H, W] in a fixed order, from files (`names`) or not (None). `about`: for result.json.
 
     batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, by
-    default the folders of the files. settings: those that drew them, by default the settings.json beside `path`.
-    """
+    default the folders of the files. settings: those that drew them, by default the settings.json beside `path`."""
 
     def __init__(self, path, content_hash, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
@@ -278,8 +268,7 @@ def open_reference(args, model: Inception):
     ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. A file of --save has the four
     arrays, and `about`: what they were made from and with.
 
-    -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None.
-    """
+    -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None."""
     path, metrics = args.reference, args.metrics
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
     # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve

@@ -35,8 +35,7 @@ To add a sixth fusion:
     4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
 If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes.
 
-generator.py calls a fusion in each forward pass. For sampling fast.py calls it once, before the first iteration.
-"""
+generator.py calls a fusion in each forward pass. For sampling fast.py calls it once, before the first iteration."""
 from typing import NamedTuple
 
 import torch
@@ -55,8 +54,7 @@ class Fused(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention: queries from x [B, T, D], keys and values from y [B, U, D]. No attention mask.
 
-    keys_values and attend are apart, because fast.py computes keys and values of the codes once per image.
-    """
+    keys_values and attend are apart, because fast.py computes keys and values of the codes once per image."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -82,8 +80,7 @@ class CrossAttention(nn.Module):
     """Attention(LayerNorm(x), h_q), between self-attention and MLP of a block, which adds the residual. D2C Eq. 5.
 
     The text of the paper does not say which blocks have it. Its Table 1 lists 389M parameters for prior plus generator,
-    and only cross-attention in all 24 blocks gives that number (388.7M). eps is 1e-6 as in the generator.
-    """
+    and only cross-attention in all 24 blocks gives that number (388.7M). eps is 1e-6 as in the generator."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -117,8 +114,7 @@ class QFormer(nn.Module):
     """h_q [B, L, D] -> [B, Q, D]: an encoder-decoder Transformer whose decoder starts from Q learned queries.
 
     D2C Eq. 6, built as GILL's mapper (2305.17216): LayerNorm eps 1e-5, PyTorch's default, and queries from N(0, 1).
-    encoder=False leaves out the encoder's layers; D2C's Table 3 compares both.
-    """
+    encoder=False leaves out the encoder's layers; D2C's Table 3 compares both."""
 
     def __init__(self, dim, queries, width, layers, heads, encoder=True):
         super().__init__()
@@ -181,8 +177,7 @@ class CodeFusion(Fusion):
         """Copies the prior's token table [K, code_dim], divided by its standard deviation.
 
         The entries of that table are a few hundredths, and positions start from N(0, 1). Without the division codes
-        would vanish beside positions, and the generator would need thousands of steps before it tells codes apart.
-        """
+        would vanish beside positions, and the generator would need thousands of steps before it tells codes apart."""
         self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
@@ -226,9 +221,8 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token; MixAR replaces the token by the code. Both are equally
-    expressive, because the bias of `project` can cancel the token. The encoder sees no hidden token, so no codes.
-    """
+    """Adds the embedded code to the shared mask token. MixAR replaces the token, which is as expressive: the bias of
+    `project` can cancel it. The encoder sees no hidden token, so no codes."""
 
     def __init__(self, c):
         super().__init__(c)

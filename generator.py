@@ -19,8 +19,7 @@ the token from z. Sampling starts with all tokens hidden and draws some of them 
 fusion.py turns class and codes into the P prefix rows and, for some fusions, into a context for cross-attention or
 into vectors added to mask tokens. Classes are 0 to config.classes - 1; class number config.classes is the null class,
 of classifier-free guidance. This file is the method in its textbook form. fast.py has `loss` and `generate` in a faster
-form with the same results; train.py and sample.py use that form.
-"""
+form with the same results; train.py and sample.py use that form."""
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -137,11 +136,9 @@ class Generator(nn.Module):
     def hidden(self, latents, classes, codes, mask):
         """latents [B, L, C], mask [B, L] (1 = hidden, equally many per image) -> z [B, L, D], in raster order.
 
-        Latents at hidden positions have no influence. codes [B, codes] int64, or None for fusion `none`.
-        """
+        Latents at hidden positions have no influence. codes [B, codes] int64, or None for fusion `none`."""
         fused = self.fuse(classes, codes)
-        # the prefix is always visible                                                 [B, P+L]
-        visible = F.pad(1 - mask.float(), (self.fusion.slots, 0), value=1).bool()
+        visible = F.pad(1 - mask.float(), (self.fusion.slots, 0), value=1).bool()    # [B, P+L], also the prefix
         if (visible.sum(1) != visible[0].sum()).any():
             raise ValueError("a mask must hide equally many tokens of each image")
         return self.decode(self.encode(latents, fused, visible), fused, visible)
@@ -149,8 +146,7 @@ class Generator(nn.Module):
     def fuse(self, classes, codes) -> Fused:
         """classes [B], codes [B, codes] or None -> the Fused of these images.
 
-        Class and codes are null together: fake_class replaces a null class, and the fusion replaces the codes.
-        """
+        Class and codes are null together: fake_class replaces a null class, and the fusion replaces the codes."""
         is_null = classes == self.config.classes                                     # [B]
         token = self.class_embedding(classes.masked_fill(is_null, 0))                # [B, D]
         return self.fusion(codes, torch.where(is_null[:, None], self.fake_class, token), is_null)
@@ -181,10 +177,8 @@ class Generator(nn.Module):
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
 
-        All images hide equally many tokens, so there is one masking ratio. uniform, a Python float in [0, 1), decides
-        it: the host then knows the number of hidden tokens and need not wait for a GPU. None: drawn without
-        `generator`.
-        """
+        All images hide equally many tokens: there is one masking ratio, which uniform, a Python float in [0, 1),
+        decides. So the host knows the number of hidden tokens and need not wait for a GPU. None: drawn here."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         uniform = float(torch.rand(())) if uniform is None else uniform
         hidden = math.ceil(mask_ratio(uniform, c.mask_min) * L)
@@ -203,8 +197,7 @@ class Generator(nn.Module):
         """Mean diffusion loss over hidden tokens and M draws of (t, noise). D2C Eq. 2.
 
         latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
-        null [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image.
-        """
+        null [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image."""
         if mask is None or t is None or noise is None:
             drawn = self.draw(len(latents))
             mask = drawn.mask if mask is None else mask
@@ -231,12 +224,10 @@ class Generator(nn.Module):
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
         orders [B, L]   a permutation of the positions per image; its last entry is drawn first (MAR hides a first part)
-        noise           a list, one [steps+1, B*n, C] per iteration for DiffusionHead.sample; its rows go image by
-                        image, in raster order
+        noise           a list, one [steps+1, B*n, C] per iteration, image by image in raster order
         generator       a torch.Generator on the model's device, or a list of B
         start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image
-        watch           a function that is called after every iteration with the latents so far; hidden tokens are zero
-        """
+        watch           a function that is called after each iteration with the latents so far; hidden ones are zero"""
         L, C = self.config.grid**2, self.config.token_dim
         plan = make_plan(len(classes), L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start,
                          classes.device)
@@ -308,8 +299,7 @@ def hidden_counts(L, iterations):
     """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left.
 
     For L = 256 the cosine alone, rounded down, would draw no token in 3 of 64 iterations, or in 53 of 256. Such an
-    iteration would run the network for nothing, so each iteration draws at least one token.
-    """
+    iteration would run the network for nothing, so each iteration draws at least one token."""
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))

@@ -7,9 +7,7 @@
 
 The architecture is Inception v3 (Szegedy et al. 1512.00567) under torchvision's names, as in the weights file that
 pytorch-fid and torch-fidelity publish. This graph differs from torchvision's model in three points: average pooling
-does not count the padding, the last block pools by maximum, and the weights come from another training. fid.py runs
-Inception over many images. tools/bench.py compares it with Network, whose batch norms are not folded.
-"""
+does not count the padding, the last block pools by maximum, and the weights come from another training."""
 import hashlib
 import os
 import re
@@ -52,8 +50,7 @@ class Branches(nn.Module):
     """Runs branches on the same input and concatenates their channels; the next block and sFID depend on the order.
 
     A branch is a list of steps: a pooling, a unit, or a pair of units that run side by side on the same input. The
-    units get their published names: branch_1, branch_2a, branch_2b, or the name of the branch if it has one unit.
-    """
+    units get their published names: branch_1, branch_2a, branch_2b, or the name of the branch if it has one unit."""
 
     def __init__(self, **branches):
         super().__init__()
@@ -134,7 +131,6 @@ class Network(nn.Module):
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                           # [B, 17*17*7]
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))           # [B, 2048, 8, 8]
         pool = x.mean((2, 3))                                                       # [B, 2048]
-        # The classifier has a bias, but the evaluators compute the Inception Score without it.
         return {"pool": pool, "spatial": spatial, "logits": F.linear(pool, self.fc.weight)}
 
 
@@ -146,8 +142,7 @@ def exact_convolutions():
 def resize_tf1(images):
     """uint8 [B, 3, h, w] -> [B, 3, 299, 299] in [-1, 1). TensorFlow 1's bilinear: no antialiasing, no half pixel.
 
-    The operations and their order are those of the graph, so the result is equal bit for bit.
-    """
+    The operations and their order are those of the graph, so the result is equal bit for bit."""
     def neighbours(n):  # a target pixel takes its value at source = target * n / 299, between pixels low and low + 1
         source = torch.arange(299, dtype=torch.float32) * (torch.tensor(float(n)) / 299)
         low = source.long()
@@ -163,8 +158,7 @@ def resize_tf1(images):
 def resize_torch(images):
     """uint8 [B, 3, h, w] -> [B, 3, 299, 299] in [-1, 1]: pytorch-fid's bilinear, with half-pixel centres.
 
-    Against resize_tf1 it moves `pool` by about 0.3% of its spread, so statistics of the two must never be mixed.
-    """
+    Against resize_tf1 it moves `pool` by about 0.3% of its spread, so statistics of the two must never be mixed."""
     return F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
 
 
@@ -173,8 +167,7 @@ def resize_torch(images):
 class Inception(nn.Module):
     """The network with the weights of a file, its batch norms folded, frozen, behind one of the two resizes.
 
-    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or another network's.
-    """
+    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or of other kind."""
 
     def __init__(self, weights_path: str, resize: str = "tf1"):
         super().__init__()

@@ -1,8 +1,7 @@
 """Every named size and training recipe: `--preset NAME`.
 
 A Preset holds the config of each component and a Recipe per stage. train.py fills in what follows from the data and
-from other components: `classes`, `vocab`, `code_dim` and the grids. The flags of sample.py override Sampling.
-"""
+from other components: `classes`, `vocab`, `code_dim` and the grids. The flags of sample.py override Sampling."""
 import re
 from dataclasses import dataclass, field, replace
 
@@ -66,8 +65,7 @@ class Preset:
 def true_share(condition: str) -> tuple:
     """--condition -> the share of true codes at the start and at the end of stage 2; the prior draws the other codes.
 
-    The share changes linearly in between. mixed is MixAR's training-inference mixture (2511.12181).
-    """
+    The share changes linearly in between. mixed is MixAR's training-inference mixture (2511.12181)."""
     text = {"resampled": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
     found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
     shares = found and (float(found[1]), float(found[2] or found[1]))
@@ -80,8 +78,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, so
-    that a code stands for 4 times the pixels. train.py finds the grids of prior and generator in the cache.
-    """
+    that a code stands for 4 times the pixels. train.py finds the grids of prior and generator in the cache."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
@@ -115,8 +112,8 @@ TINY = Preset(
     KLConfig(**SMALL, blocks=2, lapped=True, merge=2, noise=0.6, scale=None),
     PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8, dropout=0.2),
     GeneratorConfig("cross_attention", dim=192, depth=4, heads=3, prefix=4, token_dim=128, grid=4, code_grid=8,
-                    head_depth=3, head_width=384, batch_mul=2, dropout=0.0, queries=2, qformer_width=192,
-                    qformer_layers=2, qformer_heads=3),
+                    head_depth=3, head_width=384, batch_mul=2, mask_min=0.1, dropout=0.0, queries=2,
+                    qformer_width=192, qformer_layers=2, qformer_heads=3),
     "ground_truth",
     (Recipe(32, 10, 8e-3, warmup=0.5, decay=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),

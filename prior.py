@@ -14,9 +14,7 @@ L codes of an image, K entries of the codebook, D = dim, H = heads. The class is
 Classes are 0 to config.classes - 1; class number config.classes is the null class of classifier-free guidance.
 
 The layer sizes are those of LlamaGen-B (2406.06525), 110,888,448 parameters; checkpoints.py reads its published file.
-`train.py --stage 1` trains the prior, `sample.py` draws codes from it, and stage 2, the generator, is conditioned on
-these codes.
-"""
+`train.py --stage 1` trains the prior. sample.py draws codes from it, on which the generator is conditioned."""
 import math
 from dataclasses import dataclass
 
@@ -58,8 +56,7 @@ def rope_table(grid, head_dim, base=10000.0):
     The first half of a head's channel pairs is rotated by the grid row of a position, the second half by its column.
     Trap: entry 0 is all zeros. It is not a rotation by angle 0, which would be (cos, sin) = (1, 0). So the class
     token's query and key are zero vectors: its attention score is 0 for every query, while its value still counts.
-    LlamaGen's weights were trained with this zero entry, so it must stay.
-    """
+    LlamaGen's weights were trained with this zero entry, so it must stay."""
     # head_dim/4 frequencies, used once for rows and once for columns
     freqs = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
     angles = torch.arange(grid).float()[:, None] * freqs                                    # [grid, head_dim/4]
@@ -74,20 +71,6 @@ def rotate(x, table):
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # [B, H, T, head_dim/2]
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
-
-
-class Cache:
-    """Keys and values of one block for all positions so far; `extend` adds one position."""
-
-    def __init__(self):
-        self.keys = self.values = None
-
-    def extend(self, k, v):
-        """k, v [B, H, 1, head_dim] of the next position -> keys and values of all positions up to it."""
-        first = self.keys is None
-        self.keys = k if first else torch.cat([self.keys, k], dim=2)
-        self.values = v if first else torch.cat([self.values, v], dim=2)
-        return self.keys, self.values
 
 
 class Block(nn.Module):
@@ -107,8 +90,9 @@ class Block(nn.Module):
         B, T, D = x.shape
         q, k, v = self.wqkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, T, D/H]
         q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = cache.extend(k, v)
+        if cache is not None:  # a list: keys and values [B, H, 1, D/H] of each position so far
+            cache.append((k, v))
+            k, v = (torch.cat(all_positions, dim=2) for all_positions in zip(*cache))
         # With a cache the only query is the newest position. It may see all keys; is_causal would show it the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
@@ -150,8 +134,7 @@ class Prior(nn.Module):
     def draw(self, B, generator=None):
         """What a training step draws for B images: null [B] bool, True where the class becomes the null class.
 
-        It is drawn outside of `loss`, for the whole batch of a step, so that several ranks can share one draw.
-        """
+        It is drawn outside of `loss`, for the whole batch of a step, so that several ranks can share one draw."""
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
     def loss(self, codes, classes, null=None):
@@ -164,9 +147,7 @@ class Prior(nn.Module):
         """Draws every code again from p(q_i | q_<i, class), given the *true* codes before it. Call eval() first.
 
         One causal pass gives all L distributions (teacher forcing). uniform [B, L] in [0, 1) are the random numbers.
-        D2C trains stage 2 on these codes: they contain mistakes of the prior, so the generator learns to work with
-        mistakes, which sampling will bring.
-        """
+        D2C trains stage 2 on these codes: like sampled ones, they contain mistakes of the prior."""
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         with torch.inference_mode():
@@ -176,8 +157,7 @@ class Prior(nn.Module):
     def mixture(self, codes, classes, share, uniform):
         """Keeps each true code with probability `share`, else takes the resampled one. Call eval() first.
 
-        uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others.
-        """
+        uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others."""
         if share == 1:
             return codes
         return torch.where(uniform[0] < share, codes, self.resample(codes, classes, uniform[1]))
@@ -194,15 +174,14 @@ class Prior(nn.Module):
         generator             a torch.Generator on the model's device, or a list of B, one per image
         given [B, L]          codes that stay, -1 where a code is drawn; codes are drawn in raster order, so a drawn
                               code does not see given codes behind it
-        watch                 a function that is called after every code
-        """
+        watch                 a function that is called after every code"""
         B, L = len(classes), self.config.grid**2
         uniform = uniform_numbers(B, L, generator, classes.device)
         guided = cfg != 1
         if guided:  # the null branch is the second half of the batch
             classes = torch.cat([classes, torch.full_like(classes, self.config.classes)])
         x = self.class_embedding(classes)[:, None]                                           # [B or 2B, 1, D]
-        codes, caches = [], [Cache() for _ in self.blocks]
+        codes, caches = [], [[] for _ in self.blocks]
         for i in range(L):
             for block, cache in zip(self.blocks, caches):
                 x = block(x, self.rope[i:i + 1], cache)
@@ -230,8 +209,7 @@ def choose(logits, cfg, temperature, top_k, top_p, uniform):
 def filter_logits(logits, top_k=0, top_p=1.0):
     """logits [..., K] -> the same with -inf outside the k likeliest codes and outside the nucleus of probability top_p.
 
-    The nucleus also keeps the code with which the sum of probabilities exceeds top_p. top_k=0 and top_p=1.0 keep all.
-    """
+    The nucleus also keeps the code with which the sum of probabilities exceeds top_p. 0 and 1.0 keep all codes."""
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -248,8 +226,7 @@ def pick(logits, uniform):
     """One code per distribution by the inverse of its cumulative sum: logits [..., K], uniform [...] -> int64 [...].
 
     torch.multinomial has the same distribution but takes one generator for the whole batch. With one uniform number
-    per code, from a generator per image, the random numbers of an image do not depend on the batch it is drawn in.
-    """
+    per code, from a generator per image, the random numbers of an image do not depend on the batch it is drawn in."""
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                                   # 1 up to rounding
     # Rounding may make uniform * total equal to total, which no sum exceeds: take the number just below it then.

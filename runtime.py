@@ -1,8 +1,7 @@
 """Where the code runs: device, ranks, random numbers, files, and the one kind of error that a user sees.
 
 Every program calls `setup()` first. Under plain `python` the program is rank 0 of 1. Under torchrun the same code joins
-a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2).
-"""
+a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2)."""
 import glob
 import hashlib
 import json
@@ -107,8 +106,8 @@ def agree(value, what: str):
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
-        if any(v != values[0] for v in values):
-            raise UserError(f"the ranks disagree on {what}: {values}; do all nodes see the same disk?")
+        other = any(v != values[0] for v in values)
+        refuse([(other, f"the ranks disagree on {what}: {values}; all nodes must see the same disk")])
 
 
 def gather(value):
@@ -125,9 +124,7 @@ def gather(value):
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
-    All random numbers of training and sampling come from such keys. So a run can stop and resume, or change the number
-    of ranks, without any generator state to save: the step number is the state.
-    """
+    All random numbers of training and sampling come from such keys, so a run resumes without any generator state."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     return torch.Generator(device).manual_seed(seed)
 
@@ -152,8 +149,7 @@ def write_file(path: str, fill, kept: str | None = None):
     """Writes a binary file that is never seen half written: fill(file) fills a temporary file, which is then renamed.
 
     kept: a new name for the file that was at `path` before. A kill at any moment leaves a whole file under one of the
-    two names, and at most one temporary file, which `sweep` removes.
-    """
+    two names, and at most one temporary file, which `sweep` removes."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -192,11 +188,9 @@ def is_alive(pid: int) -> bool:
 
 def log(path: str, **record):
     """Appends one JSON line to `path`, on the first rank. JSON has no NaN and no infinity: such numbers become null."""
-    if not is_first():
-        return
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
-        with open(path, "a") as f:
+        with open(path if is_first() else os.devnull, "a") as f:
             f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
@@ -224,8 +218,7 @@ def write_json(path: str, value):
 def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
     """Divides a global batch among ranks and accumulated passes. -> images per rank and pass, number of passes.
 
-    passes None: as few as possible with at most `most` images per rank and pass.
-    """
+    passes None: as few as possible with at most `most` images per rank and pass."""
     rank = batch // world.size
     passes = passes or next((n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most), 1)
     images, rest = divmod(batch, world.size * passes)
@@ -236,10 +229,8 @@ def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
 def spread(module, ema, world: World, shard: bool, parts: tuple):
     """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
 
-    Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, and so of
-    its gradient, moments and average in `ema` (FSDP2). A module of one of the types `parts` is put together only while
-    it computes; all other parameters are put together once a pass.
-    """
+    Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, gradient,
+    moment and average in `ema` (FSDP2). A module of one of the types `parts` is whole only while it computes."""
     if not shard and world.size == 1:
         return module
     if not shard:
@@ -266,8 +257,7 @@ def passes(module, last: bool):
 def whole(value):
     """Copies a nested dict or list. All ranks must call it. Values that are not sharded stay as they are.
 
-    Of a sharded tensor rank 0 gets the whole, on the CPU; the other ranks get None.
-    """
+    Of a sharded tensor rank 0 gets the whole, on the CPU; the other ranks get None."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -281,8 +271,7 @@ def whole(value):
 def unsharded(models, types: dict):
     """A ModuleDict, sharded -> whole models in eval mode on rank 0, None elsewhere; as it is if it is not sharded.
 
-    All ranks must call it. types: kind -> the class of a model.
-    """
+    All ranks must call it. types: kind -> the class of a model."""
     if not any(hasattr(p, "full_tensor") for p in models.parameters()):
         return models
     weights, device = whole(models.state_dict()), next(models.parameters()).device

@@ -13,10 +13,8 @@
 A command that writes a folder draws only the missing pictures when it runs again. A picture depends on the seed, its
 index and the kind of device; batch size and number of GPUs change its rounding only.
 
-From Python: `load_run`, `generate`. For classes, a string is a name or an id, as after --class. A number is the id or
-the index of a class; a number that fits two classes is refused. A tensor holds indices. docs/sampling.md has an example
-and says what each flag does.
-"""
+From Python: `load_run`, `generate`; docs/sampling.md has an example. For classes, a string is a name or an id, as after
+--class, a number is an id or an index (one that fits two classes is refused), and a tensor holds indices."""
 import argparse
 import glob
 import json
@@ -116,8 +114,8 @@ def find_classes(classes: list, wanted) -> list[int]:
     """Strings, numbers or a tensor, as the head of this file says -> indices."""
     n, is_number = len(classes), not isinstance(wanted, str)
     if isinstance(wanted, torch.Tensor):
-        refuse([(((wanted < 0) | (wanted > n)).any(),
-                 f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
+        wrong = ((wanted < 0) | (wanted > n)).any()
+        refuse([(wrong, f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
         return wanted.flatten().tolist()
     if is_number and hasattr(wanted, "__iter__"):
         return [i for one in wanted for i in find_classes(classes, one)]
@@ -145,8 +143,7 @@ class Samples:
     codes: torch.Tensor | None   # [B, L]
     frames: tuple = ()           # with frames=True: the images after every iteration, on the CPU
 
-    def pil(self) -> list:
-        """The images as B PIL images, to show or save."""
+    def pil(self) -> list:  # the images as B PIL images, to show or save
         return [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -170,14 +167,12 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     progress   True shows a bar; a function gets the share of the work, out of 1, that was done since its last call
     start      what all pictures start from: start_edit or start_like
     frames     True also keeps the pictures after every iteration; latents that are not drawn yet are zero
-    plain      True runs the textbook loops of prior.py and generator.py: the same pictures, to rounding
-    """
+    plain      True runs the textbook loops of prior.py and generator.py: the same pictures, to rounding"""
     s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):
-        # bf16 on CUDA; the diffusion head stays in fp32
+    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # head: fp32
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
         def after_iteration(latents):
@@ -290,8 +285,7 @@ CHUNK = "d2c"  # the name of the text chunk of our PNG files
 def grid(images: torch.Tensor, columns: int, classes: int = 1, first=()) -> Image.Image:
     """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images. The images `first` begin each row.
 
-    One class fills row after row. If there are several, image i is of class i % classes, and each class has a row.
-    """
+    One class fills row after row. If there are several, image i is of class i % classes, and each class has a row."""
     rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
     H, W = images.shape[2:]
     out = np.full((len(rows) * (H + 2) - 2, (len(first) + max(map(len, rows))) * (W + 2) - 2, 3), 255, np.uint8)
@@ -397,8 +391,7 @@ def parse():
 def prepare(args, run: Run, world):
     """Checks everything that can be wrong with a command before anything is drawn, and completes args:
 
-    grid, num, sampling, start (or None), labels (indices of classes; picture i is of class labels[i % len(labels)]).
-    """
+    grid, num, sampling, start (or None), labels (indices of classes; picture i is of class labels[i % len(labels)])."""
     args.grid = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
@@ -486,10 +479,9 @@ def main():
            + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(args.sampling).items()))
     if args.dry_run:
         return
-    run.graphs = fast.Graphs() if args.graphs else None
+    run.graphs, begun = fast.Graphs() if args.graphs else None, time.time()
     if args.compile:
         fast.compile_blocks()
-    begun = time.time()
     facts = {**describe(run, args.sampling, args.seed, args.labels, args.start), "coarse": args.show_coarse}
     origin = {"class": args.class_, "num": args.num, "run": args.run,
               "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}

@@ -14,14 +14,10 @@ VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both w
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
 The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
-stores it in kl.pt, which has the last word. data.py measures it again on the whole cache and warns if the two differ by
-more than 5%; its number serves only where kl.pt has none (VA-VAE). KL.sample multiplies by config.scale and KL.decode
-divides by it; no other code applies it. Decoding with another scale than that of stage 2's training gives wrong
-contrast, so stage 2 copies the number into the generator's file, and sample.py decodes with that copy.
-
-This file hides Hugging Face's package of the same name, which `transformers` imports. Code that runs from this folder
-can therefore not import `transformers`.
-"""
+stores it in kl.pt; if kl.pt has none (VA-VAE), the number that data.py measures on the cache serves. KL.sample
+multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
+of stage 2's training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from math import isqrt
 
@@ -114,22 +110,12 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM's weights expect
+def downsample(c):  # pads at the right and at the bottom only, as LDM's weights expect
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(c):
+    return nn.Sequential(OrderedDict(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 def middle(c):
@@ -144,7 +130,7 @@ class Encoder(nn.Module):
         widths, last = [c.ch * m for m in c.ch_mult], len(c.ch_mult) - 1
         self.conv_in = nn.Conv2d(3 * c.unshuffle**2, c.ch, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(([c.ch] + widths)[i], w, c.blocks, attention and i == last, Downsample(w) if i < last else None)
+            Level(([c.ch] + widths)[i], w, c.blocks, attention and i == last, downsample(w) if i < last else None)
             for i, w in enumerate(widths))
         self.mid = middle(widths[-1])
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], out, 3, padding=1)
@@ -160,8 +146,7 @@ class Decoder(nn.Module):
     """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
     With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Every pixel there depends
-    on several latents, and the convolutions learn to correct it.
-    """
+    on several latents, and the convolutions learn to correct it."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -169,7 +154,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0])
         self.levels = nn.ModuleList(
-            Level(([widths[0]] + widths)[i], w, c.blocks + 1, attention and i == 0, Upsample(w) if i < last else None)
+            Level(([widths[0]] + widths)[i], w, c.blocks + 1, attention and i == 0, upsample(w) if i < last else None)
             for i, w in enumerate(widths))
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3 * c.unshuffle**2, 3, padding=1)
         self.picture_in = None
@@ -191,11 +176,9 @@ class Autoencoder(nn.Module):
 
     encoded, decoded: the numbers of channels that to_grid returns and that to_images takes.
 
-    With `linear_path` two linear maps of tiles, of stride x stride pixels each, run in parallel to encoder and decoder:
-    patch_in and patch_out. The last layer of each convolutional branch then starts at zero, and fit_linear_path sets
-    the maps to principal components of real tiles. So training starts at the quality of a PCA codec, which a small
-    network alone needs hours to reach.
-    """
+    With `linear_path` two linear maps of tiles (stride x stride pixels), patch_in and patch_out, run in parallel to
+    encoder and decoder. The last layer of each convolutional branch starts at zero, and fit_linear_path sets the maps
+    to principal components of real tiles. So training starts at the quality of a PCA codec."""
 
     def __init__(self, c, encoded, decoded, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
@@ -226,8 +209,7 @@ class Autoencoder(nn.Module):
 
     def lap(self, images, back=False):
         """Applies the border filter across every border between tiles; `back` undoes it. The outer half of the tiles
-        at the edge of the image, which have no neighbour, stays as it is.
-        """
+        at the edge of the image, which have no neighbour, stays as it is."""
         if not self.config.lapped:
             return images
         half, matrix = self.stride // 2, self.border if back else self.border.T  # pixels are row vectors here
@@ -240,8 +222,7 @@ class Autoencoder(nn.Module):
     def fit_linear_path(self, images, generator=None):
         """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
 
-        In double precision: the last bits of LAPACK's results vary, and rounding to float32 removes them.
-        """
+        In double precision: the last bits of LAPACK's results vary, and rounding to float32 removes them."""
         self.double().fit(images.double(), generator)
         self.float()
 
@@ -267,9 +248,7 @@ def principal_axes(tiles, k):
     """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
 
     Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
-    Without any division the first components would have nearly all the variance, and an added noise that is small for
-    them would hide the details.
-    """
+    Without any division an added noise that is small for the first components would hide the details."""
     variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
     return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
 
@@ -280,8 +259,7 @@ def border_filter(stride):
     After the filter each tile depends on pixels up to half a tile beyond its borders. Principal components of filtered
     tiles are therefore smooth windows of twice the width of a tile: a lapped transform (Malvar & Staelin 1989, in the
     time-domain form of Tran, Liang & Tu 2003). Without the filter an error in one latent makes an edge at the border of
-    its tile, and a picture shows a grid. With the filter the error fades into the neighbours.
-    """
+    its tile, and a picture shows a grid. With the filter the error fades into the neighbours."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -331,8 +309,7 @@ class VQ(Autoencoder):
     def loss(self, images):
         """-> scalar, reconstruction [B, 3, H, W]. L2 + codebook + 0.25 commitment (VQ-VAE, 1711.00937, Eq. 3).
 
-        LlamaGen also uses LPIPS and a GAN. This repository has neither; LPIPS needs weights that cannot be shipped.
-        """
+        LlamaGen also uses LPIPS and a GAN. This repository has neither; LPIPS needs weights that cannot be shipped."""
         z, codes, e = self._quantize(images)
         with torch.no_grad():
             self.usage.scatter_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.usage.dtype))
@@ -341,9 +318,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Resets each vector that no image used since the last call to an encoded vector of `images`, at most one per
-        position. Returns the codes of these vectors.
-        """
+        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> their codes."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -352,11 +327,8 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """For fit_linear_path.
-
-        One of the d channels is a constant. Without it the projection to the unit sphere would discard the length of
-        the vector: how far a tile is from the mean tile.
-        """
+        """For fit_linear_path. One of the d channels is a constant: without it the projection to the unit sphere would
+        discard how far a tile is from the mean tile."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
         axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                       # a mean length of 1, as the constant
@@ -398,8 +370,7 @@ class KL(Autoencoder):
     def sample(self, moments, noise=None, generator=None):
         """moments [B, 2z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
-        noise: B*L*C numbers in any shape; zeros give the posterior's mean.
-        """
+        noise: B*L*C numbers in any shape; zeros give the posterior's mean."""
         mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -415,25 +386,20 @@ class KL(Autoencoder):
 
     def draw(self, B, h, generator=None):
         """Draws what a training step on B images with h x h positions needs: two noises [B, z, h, h], of the posterior
-        and to be added, and the strength [B, 1, 1, 1] in [0, 1) of the added one. On the model's device.
-        """
+        and to be added, and the strength [B, 1, 1, 1] in [0, 1) of the added one. On the model's device."""
         shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
         return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
-        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has no L2 but LPIPS and a GAN.
-
-        The weight 1e-6 is LDM's. LDM sums the reconstruction error over pixels and colours and this code averages it,
-        so the KL term counts 3HW times more here. With config.noise the decoder reads noised latents (l-DeTok,
-        2507.15856, interpolates with noise instead). So it learns to decode imperfect latents, such as stage 2 makes.
-        """
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has no L2 but LPIPS and a GAN. Its weight of KL is the same, but it
+        sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise the
+        decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, has a similar noise)."""
         mean, logvar = self.posterior(self.to_grid(images))
         posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
         z = mean + (0.5 * logvar).exp() * posterior
-        if self.config.noise:
-            # relative to z.std(): the encoder cannot escape the noise by scaling all latents
+        if self.config.noise:  # relative to z.std(): the encoder cannot escape the noise by scaling all latents
             z = z + self.config.noise * strength * z.std() * added
         reconstruction = self.to_images(z)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()

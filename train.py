@@ -13,9 +13,8 @@ own --run-path. The same command again resumes. A run directory gets {vq,kl,prio
 train-N.pt and train-N.previous.pt, samples in grids/, and log.jsonl. A resumed run may log some steps again.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
-are drawn for the whole global batch, of which each rank takes its rows. So a run is the same on 1 and on 8 GPUs (its
-dropout only if the passes hold equally many images). SIGTERM and Ctrl-C end a run after the step, saved.
-"""
+are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (its dropout only
+if the passes hold equally many images). SIGTERM and Ctrl-C end a run after the step, saved."""
 import argparse
 import math
 import os
@@ -57,8 +56,7 @@ class Stage(nn.Module):
     frozen    the models that do not learn: a plain dict, so that none of these see them
     about     what the weight files say besides config and weights
     forward   (step, rows, *tensors from data) -> the loss of these rows, a slice of this step's global batch
-    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W]
-    """
+    picture   (models) -> images for a grid of samples, uint8 [B, 3, H, W]"""
 
     def __init__(self, args, preset, world):
         super().__init__()
@@ -461,8 +459,7 @@ SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training
 def fix_steps(path: str, plan: dict, stages: list, seconds: float, least: int) -> int:
     """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-    seconds: of a step. least: steps. A later start will end where this one would. -> steps of this stage.
-    """
+    seconds: of a step. least: steps. A later start will end where this one would. -> steps of this stage."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
     fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / seconds)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))

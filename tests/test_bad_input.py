@@ -168,7 +168,7 @@ def edited_header(c):
     return train(c, 1, data=cache)
 
 
-@case("header.json is damaged, changed")
+@case("cannot use .*header.json", "remove it or choose another folder")
 def header_that_is_no_json(c):
     cache = copy_cache(c)
     os.truncate(f"{cache}/header.json", 50)

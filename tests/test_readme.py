@@ -22,9 +22,10 @@ def test_it_can_be_read_to_its_end():
 
 
 def test_the_house():
-    """At most 15 modules, none over 450 lines that are not blank, no function over 60 lines."""
+    """At most 15 modules, none over 450 lines that are not blank, fewer than 4,120 together, no function over 60."""
     modules = {f: f.read_text() for f in ROOT.glob("*.py")}
-    assert len(modules) <= 15 and max(sum(map(bool, map(str.strip, t.splitlines()))) for t in modules.values()) <= 450
+    counts = [sum(bool(line.strip()) for line in text.splitlines()) for text in modules.values()]
+    assert len(counts) <= 15 and max(counts) <= 450 and sum(counts) < 4120
     functions = [n for t in modules.values() for n in ast.walk(ast.parse(t)) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 60
 
