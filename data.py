@@ -40,7 +40,7 @@ CHUNK = 64   # images that go through the tokenizers together
 PARTS = 512  # files of a cache at most; training keeps all of them open
 AGAIN = "remove it and run the same data.py command again"
 
-Image.MAX_IMAGE_PIXELS = None  # PIL's limit first only warns; `open_image` refuses by MAX_PIXELS before it decodes
+Image.MAX_IMAGE_PIXELS = None  # PIL only warns at its limit; `open_image` refuses by MAX_PIXELS before it decodes
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -114,7 +114,7 @@ def to_float(images) -> torch.Tensor:
 
 
 def find_images(root: str):
-    """-> (relative paths, labels, classes as [external id, name]), in sorted order."""
+    """-> relative paths, labels, classes as [external id, name]; ordered as in classes.tsv, else sorted."""
     is_image = lambda name: name.lower().endswith(EXTENSIONS) and not name.startswith(".")
     try:
         folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
@@ -202,21 +202,21 @@ class Order:
     """Sample number, counted from the start of training -> (image, view).
 
     Every epoch is a new permutation of the images; each shows one view, drawn at random. With `labels`, one per image,
-    an epoch of that length shows every class equally often: small classes repeat images, large ones leave some out."""
+    an epoch about as long shows every class equally often: small classes repeat images, large ones leave some out."""
 
     def __init__(self, images: np.ndarray, seed: int, views: int = 2, labels: np.ndarray | None = None):
-        self.classes = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
-        self.share = -(-len(images) // len(self.classes))  # images per class and epoch
+        self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
+        self.share = -(-len(images) // len(self.groups))  # images per class and epoch
         self.seed, self.views = seed, views
-        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: a thread that loads ahead may be in the next epoch already
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the thread that loads ahead may be an epoch further
 
     def __len__(self):
-        return self.share * len(self.classes)
+        return self.share * len(self.groups)
 
     def draw(self, number: int) -> np.ndarray:
         """-> [2, images per epoch]: the images of an epoch and their views, from nothing but the seed and `number`."""
         random, images = np.random.default_rng((self.seed, number)), []
-        for members in self.classes:
+        for members in self.groups:
             rounds = -(-self.share // len(members))
             images.append(np.concatenate([random.permutation(members) for _ in range(rounds)])[:self.share])
         images = images[0] if len(images) == 1 else random.permutation(np.concatenate(images))
@@ -281,7 +281,7 @@ class Cache:
         return checked(self.parts[p][i, view:view + 1])[0]
 
     def batch(self, numbers):
-        """n sample numbers -> codes [n, L] int64, moments [n, 2z, h, w] float16, classes [n] int64."""
+        """n sample numbers -> codes [n, L] int64, moments [n, 2z, g, g] float16, classes [n] int64."""
         entries = [self.entry(image, view) for image, view in zip(*self.order(numbers))]
         stack = lambda field, dtype: torch.from_numpy(np.stack([e[field] for e in entries]).astype(dtype, copy=False))
         return stack("codes", np.int64), stack("moments", np.float16), stack("label", np.int64)
@@ -296,7 +296,7 @@ def ahead(load, steps):
 
 
 def batches(data, world, batch: int, micro: int, first: int, last: int):
-    """Yields for each pass of the steps first to last - 1 this rank's rows of the batch, a slice, and their tensors."""
+    """Yields (rows, tensors) for each pass of the steps first to last - 1; rows: a slice of the batch, this rank's."""
     cuda = world.device.type == "cuda"
     rows = [slice(start, start + micro) for start in range(world.rank * micro, batch, world.size * micro)]  # per pass
     numbers = (range(step * batch, (step + 1) * batch)[r] for step in range(first, last) for r in rows)
@@ -314,7 +314,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     codes = vq.config.codebook_size
     refuse([(codes > 2**16, f"{run}/vq.pt has {codes} codes; a cache holds at most 65,536"),
             (size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride,
-             f"{size} pixels and tokenizer strides {vq.stride} and {kl.stride} do not make one grid")])
+             f"{size} pixels, strides {vq.stride}, {kl.stride} and merge {kl.config.merge} do not make one grid")])
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
          "seed": seed, "size": size, "grid": size // kl.stride, "channels": kl.config.z_channels,
@@ -322,7 +322,7 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
          "counts": np.bincount(labels, minlength=len(classes)).tolist(),  # images per class
          "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
     print0(f"{images}: {len(paths):,} images, {len(classes)} classes -> {out}: {size} pixels, {views} views, "
-           f"{h['grid'] ** 2} tokens per view")
+           f"{h['grid'] ** 2} codes per view")
     if dry_run:
         return
     if world.rank == 0:
@@ -348,7 +348,7 @@ def begin(out, h):
     else:
         write_header(out, {**h, "complete": False})
     need, free = left * h["views"] * entry_type(h).itemsize / 1e6, shutil.disk_usage(out).free / 1e6  # MB
-    refuse([(need > free, f"{out} needs {need:,.0f} MB, the disk has {free:,.0f}; free some space or change --out")])
+    refuse([(need > free, f"{out} needs {need:,.1f} MB, the disk has {free:,.1f}; free some space or change --out")])
 
 
 def write_parts(out, h, world, images, paths, labels, vq, kl):
@@ -387,7 +387,7 @@ def finish(out, h, paths, file_scale):
     """Checks all checksums, measures the scale of the latents over all images and views, completes the header."""
     skipped = []
 
-    def moments():  # [n*V, 2z, h, w] of chunk after chunk, without the unreadable images
+    def moments():  # [n*V, 2z, g, g] of chunk after chunk; unreadable images go to `skipped` instead
         for file, numbers in part_files(out, h).items():
             part = open_part(file, numbers, h)
             for i in range(0, len(part), CHUNK):
@@ -403,7 +403,7 @@ def finish(out, h, paths, file_scale):
     write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, latent scale {scale:.4f}")
     if file_scale and abs(scale / file_scale - 1) > 0.05:
-        print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; its latents were measured on other images")
+        print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; it was probably measured on other images")
 
 
 # --------------------------------------------------------------------------------- toy pictures and the command line

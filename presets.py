@@ -1,7 +1,7 @@
 """Every named size and training recipe: `--preset NAME`.
 
 A Preset holds the config of each component and a Recipe per stage. train.py fills in what follows from the data and
-from other components: `classes`, `vocab`, `code_dim` and the grids. The flags of sample.py override Sampling."""
+from other components: `classes`, `vocab`, `code_dim`, `token_dim`, the grids. sample.py's flags override Sampling."""
 import re
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +26,7 @@ class Recipe:
     micro: int = 64             # images per rank and pass at most; a larger batch takes several passes, to save memory
 
     def steps(self, images: int, batch: int) -> int:
-        """Optimizer steps of the epochs over this many images."""
+        """Optimizer steps of the epochs over this many images; --batch may replace self.batch."""
         return max(1, round(self.epochs * images / batch))
 
 
@@ -35,8 +35,8 @@ flag = lambda default, text: field(default=default, metadata={"help": text})
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a run recommends for sampling: D2C 5.1, LlamaGen's prior guidance, MAR's steps. Each field is a flag."""
-    iterations: int = flag(64, "rounds in which the generator draws all tokens")
+    """What a run recommends. Defaults: D2C 5.1, LlamaGen's prior guidance, MAR's steps. Each field is a flag."""
+    iterations: int = flag(64, "rounds that the generator takes to draw all tokens")
     steps: int = flag(100, "steps of the diffusion head for each token")
     anneal: str = flag("", "A:B takes A head steps in the first iteration, falling to B in the last; replaces --steps")
     cfg: float = flag(4.0, "guidance of the generator; 1: none")
@@ -77,8 +77,8 @@ def true_share(condition: str) -> tuple:
 def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
-    At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, so
-    that a code stands for 4 times the pixels. train.py finds the grids of prior and generator in the cache."""
+    At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more and
+    twice the channels: a code stands for 4 times the pixels. train.py takes the other models' grids from the cache."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
@@ -98,14 +98,14 @@ BASE, LARGE = GeneratorConfig(), GeneratorConfig(dim=1024, depth=16, heads=16, h
 VA_VAE = KLConfig(z_channels=32, decoder_attention=True, scale=None)
 
 
-def imagenet(fusion, size, recipe, kl=KLConfig(), condition="resampled", sampling=Sampling()) -> Preset:
+def imagenet(fusion, network, recipe, kl=KLConfig(), condition="resampled", sampling=Sampling()) -> Preset:
     """A preset of a paper: 256x256 pixels, 16x16 codes and tokens, LlamaGen's tokenizer and prior."""
-    generator = replace(size, fusion=fusion, token_dim=kl.token_dim)
+    generator = replace(network, fusion=fusion, token_dim=kl.token_dim)
     return Preset(256, VQConfig(), kl, PriorConfig(), generator, condition, (TOKENIZERS, PRIOR, recipe), sampling)
 
 
-# The tokenizers of the small presets start at half resolution, beside a linear path of 8x8 tiles: 8x8 codes per image.
-# The KL tokenizer of tiny merges its 8x8 positions into 4x4 latents of 128 channels, which is a quarter of the work.
+# The tokenizers of the small presets start at half resolution, in parallel to a linear path of tiles: a code stands for
+# 8x8 pixels. The KL tokenizer of tiny merges its 8x8 positions into 4x4 latents of 128 channels: a quarter of the rows.
 SMALL = dict(ch=32, ch_mult=(1, 2, 2), unshuffle=2, linear_path=True, z_channels=32)
 TINY = Preset(
     64, VQConfig(**SMALL, blocks=1, codebook_size=512),

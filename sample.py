@@ -8,7 +8,7 @@
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
     python sample.py --class church --like IMAGE              # keeps the codes of IMAGE, draws new details: variations
     python sample.py --about sample.png                       # how this picture was made, and the command for it
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # single files; X.npz: also one file
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # a PNG each; X.npz: also an array
 
 A command that writes a folder draws only the missing pictures when it runs again. A picture depends on the seed, its
 index and the kind of device; batch size and number of GPUs change its rounding only.
@@ -50,7 +50,7 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny
 
 @dataclass
 class Run:
-    """The models of a run directory, in eval mode on one device; vq and prior are None if it needs no codes."""
+    """The models of a run directory, in eval mode on one device; vq and prior are None if the fusion reads no codes."""
     kl: KL
     generator: Generator
     vq: VQ | None
@@ -102,7 +102,7 @@ def check_fit(path, run: Run):
                      ({K, p.vocab} != {g.vocab}, f"vq.pt, prior.pt, generator.pt know {K}, {p.vocab}, {g.vocab} codes"),
                      (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
                      (run.prior.about.get("classes", run.classes) != run.classes,
-                      "prior.pt and generator.pt have other classes, or another order of them")]
+                      "prior.pt and generator.pt have different classes, or a different order of them")]
     for model in filter(None, (run.prior, run.generator)):
         for kind, trained_with in model.about.get("tokenizers", {}).items():
             other = getattr(run, kind) and checkpoints.checksum(getattr(run, kind).state_dict()) != trained_with
@@ -172,7 +172,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
-    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # head: fp32
+    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # off in the head
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
         def after_iteration(latents):
@@ -241,7 +241,7 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
     keep, side = whole_tokens(white, h), run.pixels // h
     refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
             (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
-    start = tokenise(run, picture)
+    start = start_from(run, picture)
     codes = run.prior and torch.where(whole_tokens(white, run.prior.config.grid), start.codes, -1)
     stays = keep.view(h, 1, h, 1).expand(h, side, h, side).reshape(white.shape)                          # [H, W]
     grey = replace(start.shown, images=start.shown.images.masked_fill(~stays, 128))
@@ -251,7 +251,7 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
 def start_like(run: Run, path: str) -> Start:
     """--like PATH: all codes of the picture stay, and all latents are drawn."""
     refuse([(run.prior is None, "--like: this run has no codes to take")])
-    return tokenise(run, open_picture(path))
+    return start_from(run, open_picture(path))
 
 
 def open_picture(path) -> Image.Image:
@@ -267,7 +267,7 @@ def whole_tokens(white, grid):
 
 
 @torch.inference_mode()
-def tokenise(run: Run, picture: Image.Image) -> Start:
+def start_from(run: Run, picture: Image.Image) -> Start:
     """The codes and latents of the centre crop, the latents being the posterior's means; `keep` keeps no token."""
     x = to_float(np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]).to(run.device)   # [1, 3, H, W]
     moments = run.kl.encode(x)
@@ -279,14 +279,14 @@ def tokenise(run: Run, picture: Image.Image) -> Start:
 
 # -------------------------------------------------------------------------------------------------- grids and folders
 
-CHUNK = "d2c"  # the name of the text chunk of our PNG files
+TEXT_KEY = "d2c"  # the name of the text chunk of our PNG files
 
 
 def grid(images: torch.Tensor, columns: int, classes: int = 1, first=()) -> Image.Image:
     """uint8 [N, 3, H, W] -> one picture, with 2 white pixels between the images. The images `first` begin each row.
 
     One class fills row after row. If there are several, image i is of class i % classes, and each class has a row."""
-    rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(classes)]
+    rows = images.split(columns) if classes == 1 else [images[c::classes] for c in range(min(classes, len(images)))]
     H, W = images.shape[2:]
     out = np.full((len(rows) * (H + 2) - 2, (len(first) + max(map(len, rows))) * (W + 2) - 2, 3), 255, np.uint8)
     for r, row in enumerate(rows):
@@ -299,7 +299,7 @@ def save_picture(image: Image.Image, path: str, facts: dict | None = None):
     """A PNG; `facts` go into a text chunk of it, as JSON, which --about reads."""
     info = PngInfo()
     if facts:
-        info.add_text(CHUNK, json.dumps(facts), zip=True)
+        info.add_text(TEXT_KEY, json.dumps(facts), zip=True)
     write_file(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
 
@@ -341,7 +341,7 @@ def about(path: str):
     """--about PICTURE.png: prints what the picture says about itself; the last line is the command."""
     try:
         with Image.open(path) as image:
-            facts = json.loads(image.info[CHUNK])
+            facts = json.loads(image.info[TEXT_KEY])
         command, weights, run = facts.pop("command"), facts["weights"], facts["run"] or TINY
     except (OSError, SyntaxError, LookupError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} does not say how it was made; only PNG files of sample.py do, unchanged.") from None
@@ -392,12 +392,12 @@ def prepare(args, run: Run, world):
     """Checks everything that can be wrong with a command before anything is drawn, and completes args:
 
     grid, num, sampling, start (or None), labels (indices of classes; picture i is of class labels[i % len(labels)])."""
-    args.grid = args.out.lower().endswith(".png")
+    args.one_file = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
-            (args.frames and not (args.frames.lower().endswith(".gif") and args.grid),
+            (args.frames and not (args.frames.lower().endswith(".gif") and args.one_file),
              "--frames takes FILE.gif and shows a grid, so --out must be FILE.png"),
             (args.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".npy")),
              f"--out takes FILE.png for a grid, FILE.npz or a folder, not {args.out}"),
@@ -406,7 +406,7 @@ def prepare(args, run: Run, world):
             (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
     args.sampling, args.labels = choose_sampling(args, run), find_classes(run.classes, args.class_)
     args.num = args.num or (16 if len(args.labels) == 1 else 8 * len(args.labels))
-    refuse([(args.grid and (world.size > 1 or args.num > 256),
+    refuse([(args.one_file and (world.size > 1 or args.num > 256),
              "for more than 256 pictures or several ranks give a folder: --out DIR")])
     args.start = start_like(run, args.like) if args.like else None
     if args.edit:
@@ -432,7 +432,7 @@ def view(args, samples: Samples) -> Samples:
 
 
 def write_grid(run: Run, args, facts: dict, origin: dict, world):
-    """--out FILE.png, and --frames FILE.gif: one picture each; a row begins with the picture that was edited."""
+    """--out FILE.png, and --frames FILE.gif: one picture each; each row begins with the picture of --edit or --like."""
     samples = [s for _, s in draw(run, args, range(args.num), world)]
     layout = math.ceil(args.num / int(args.num**0.5)), len(args.labels)  # a single class fills nearly a square
     first = view(args, args.start.shown).images if args.start else ()
@@ -479,13 +479,13 @@ def main():
            + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(args.sampling).items()))
     if args.dry_run:
         return
-    run.graphs, begun = fast.Graphs() if args.graphs else None, time.time()
+    begun, run.graphs = time.time(), fast.Graphs() if args.graphs else None
     if args.compile:
         fast.compile_blocks()
     facts = {**describe(run, args.sampling, args.seed, args.labels, args.start), "coarse": args.show_coarse}
     origin = {"class": args.class_, "num": args.num, "run": args.run,
               "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}
-    (write_grid if args.grid else write_folder)(run, args, facts, origin, world)
+    (write_grid if args.one_file else write_folder)(run, args, facts, origin, world)
     barrier()
     print0(f"{args.out}: {args.num} pictures, {time.time() - begun:.1f} s")
 

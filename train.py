@@ -13,8 +13,8 @@ own --run-path. The same command again resumes. A run directory gets {vq,kl,prio
 train-N.pt and train-N.previous.pt, samples in grids/, and log.jsonl. A resumed run may log some steps again.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
-are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (its dropout only
-if the passes hold equally many images). SIGTERM and Ctrl-C end a run after the step, saved."""
+are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout,
+only if passes are of equal size). SIGTERM and Ctrl-C end a run after the step, saved."""
 import argparse
 import math
 import os
@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, steps of decay. --hours may shorten them during the training."""
+        """-> highest learning rate, steps of warm-up, steps of decay. --hours shortens both, --steps only the decay."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
@@ -127,7 +127,7 @@ class Tokenizers(Stage):
         if "vq" not in self.trained or (step + 1) % 100 or step > self.args.steps / 2:
             return {}
         vq = self.trained["vq"]
-        all_mean(vq.usage)
+        all_mean(vq.usage)  # in place
         images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
         moved = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
         broadcast(vq.codebook.weight.data)  # encoders of two ranks may differ in the last bit
@@ -206,8 +206,8 @@ class GeneratorStage(Stage):
 
     def forward(self, step, rows, codes, moments, classes):
         model, (first, last) = self.trained["generator"], self.true_share
-        ratio = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))
-        draws = model.draw(self.args.batch, self.rng(step), ratio).rows(rows)
+        uniform = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))  # on the host, see draw
+        draws = model.draw(self.args.batch, self.rng(step), uniform).rows(rows)
         latents = self.frozen["kl"].sample(moments, draws.posterior)  # drawn anew at every step
         share = first + (last - first) * step / self.args.steps
         if "prior" in self.frozen and share < 1:
@@ -222,7 +222,7 @@ class GeneratorStage(Stage):
 
 STAGES = (Tokenizers, PriorStage, GeneratorStage)
 BLOCKS = (generator.Block, prior.Block)
-MINUTE = 60.0  # when a stage says how long it will take
+FORECAST = 60.0  # seconds after which a stage says how long it will take
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -262,7 +262,7 @@ def parse_args():
             (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != "0", "--only vq or kl is for stage 0"),
-            ((args.fusion or args.condition) and args.stage in "01", "--fusion and --condition are for stage 2"),
+            ((args.fusion or args.condition) and args.stage in ("0", "1"), "--fusion and --condition are for stage 2"),
             (args.shard and (folder or "LOCAL_RANK" not in os.environ), "--shard is for stages 1 and 2 under torchrun"),
             ((args.steps or args.lr) and all_stages, "--steps and --lr are for a single stage; see --hours"),
             (bad(args.hours) or args.hours and not all_stages, "--hours H, above 0, is for stage all"),
@@ -304,16 +304,16 @@ def state_path(args):
 def settings(stage) -> dict:
     """What a resumed run must have in common with its first part."""
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
-    configs.get("kl", {}).pop("scale", None)  # it is measured along the way
+    configs.get("kl", {}).pop("scale", None)  # measured, not chosen
     condition = stage.about.get("condition", "")
     moves = "-" in condition or stage.recipe.decay > 0  # then share of true codes or learning rate depend on the steps
     steps = args.steps if moves and not args.hours else None
     return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
-            "data": stage.data.identity, "size": None if args.stage else args.size}
+            "data": stage.data.identity, "size": None if args.stage else stage.preset.image_size}
 
 
 def resume(stage):
-    """-> the EMA, what the loop calls for the loss, optimizer, watch and first step: from the state, or new."""
+    """-> ema, loss_of, optimizer, watch, first step: from the state, or new. loss_of: the stage, wrapped."""
     args, world = stage.args, stage.world
     fresh = args.fresh and world.rank == 0 and not is_restart()
     state = checkpoints.find_state(state_path(args), f"train-{args.stage}", settings(stage),
@@ -382,7 +382,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
     """All steps of a stage, from step `first` to the last. replan: as in `train`."""
     args, device = stage.args, stage.device
     data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
-    done, logged, clock, notes, told = first, first, time.time(), {}, time.time() + MINUTE
+    done, logged, clock, notes, forecast_at = first, first, time.time(), {}, time.time() + FORECAST
     bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", mininterval=1,
                disable=stage.world.rank > 0)
     stage.trained.train()
@@ -398,7 +398,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows.start).initial_seed())
             with passes(loss_of, last=k == args.accumulate - 1), autocast(device):
                 loss = loss_of(step, rows, *batch) / args.accumulate
-            with tf32():  # gradients of the head's first and last layer too; their values are not amplified
+            with tf32():  # also in the head's fp32 layers: sampling amplifies values, not gradients
                 loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
@@ -410,7 +410,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         notes.update(stage.after(step, ema))
         stop = watch.asked_to_stop()
         save_now = done % args.save_every == 0 or done == args.steps or stop
-        if done % args.log_every == 0 or save_now:  # only here, in saves and in pictures the host waits for the device
+        if done % args.log_every == 0 or save_now:  # seldom, because here the host waits for the device
             loss, skipped, bad_in_row = watch.report()
             speed = (done - logged) * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
@@ -421,9 +421,9 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
                 seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
                 args.steps = bar.total = replan(float(seconds), done)
                 replan = None
-            if time.time() > told:
+            if time.time() > forecast_at:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
-                told = math.inf
+                forecast_at = math.inf
             save_now = done == args.steps or stop or save_now and not bad_in_row  # first see whether it recovers
         before = time.time()
         if save_now:
@@ -456,14 +456,14 @@ def train(args, world, replan=None):
 SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training of weights/tiny
 
 
-def fix_steps(path: str, plan: dict, stages: list, seconds: float, least: int) -> int:
+def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:
     """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-    seconds: of a step. least: steps. A later start will end where this one would. -> steps of this stage."""
+    per_step: seconds. least: steps. -> the steps of this stage, which resumed runs keep."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
-    fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / seconds)
+    fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / per_step)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
-    plan["seconds"][stage] = steps * seconds
+    plan["seconds"][stage] = steps * per_step
     write_json(path, plan)
     print0(f"stage {stage}: {steps:,} steps fit into the hours")
     return steps

@@ -353,7 +353,7 @@ def test_all_stages_resume_where_they_were_stopped(ten, works, script, tmp_path,
     """From a folder to a picture of every class; stopped in stage 1, the run ends as if it had never been stopped."""
     whole, run, batch, calls = str(tmp_path / "whole"), str(tmp_path / "run"), data.Cache.batch, []
     with monkeypatch.context() as m:
-        m.setattr(train, "MINUTE", -1)
+        m.setattr(train, "FORECAST", -1)
         said = works(*all_stages(ten, whole))
     assert "steps: 12 of vq and kl, 38 of prior, 75 of generator" in said
     assert all(f"stage {n}: about 0.0" in said for n in (1, 2))  # stage 0 has no log before its end
