@@ -8,7 +8,7 @@
     python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
     python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
 
-A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file of that name: LlamaGen's vq_ds16_c2i.pt;
+A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file, renamed: LlamaGen's vq_ds16_c2i.pt;
 MAR's kl16.ckpt, CompVis' kl-f16, VA-VAE's f16; LlamaGen's c2i_{B,L,XL,XXL}; MAR's checkpoint-last.pth."""
 import argparse
 import csv
@@ -65,7 +65,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 
 def read(path: str) -> dict:
-    """The content of a torch file. Refuses with a sentence what is absent, of another kind, damaged, or holds code."""
+    """The content of a torch file. Refuses with a sentence what is absent, no torch file, damaged, or holds code."""
     refuse([(not os.path.isfile(path), f"{path} is not there; train it or put an official file under this name")])
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
@@ -180,7 +180,7 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
         config = CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     else:
         _, names, convert = OFFICIAL[kind]
-        rename = lambda name: reduce(lambda name, pair: name.replace(*pair), names, name)
+        rename = lambda key: reduce(lambda key, pair: key.replace(*pair), names, key)
         state = {rename(k): v for k, v in official_state(content, ema).items() if not k.startswith(IGNORED)}
         try:
             config, state = convert(path, content, state)
@@ -271,7 +271,7 @@ def convert_vq(path, content, state):
 def convert_kl(path, content, state):
     lowest = length(state, "encoder.levels.") - 1
     # Their decoder numbers its levels from the highest resolution, ours from the lowest.
-    ours = lambda level: f"decoder.levels.{lowest - int(level[1])}."
+    ours = lambda match: f"decoder.levels.{lowest - int(match[1])}."
     state = {re.sub(r"^decoder\.levels\.(\d+)\.", ours, key): value for key, value in state.items()}
     config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
                       decoder_attention="decoder.levels.0.attn.0.q.weight" in state)

@@ -68,7 +68,7 @@ class Schedule:
         self.abar = [every_abar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]
         self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # every_beta, if every timestep is kept
-        # x_t = signal * x_0 + sigma * eps, DDPM Eq. 4
+        # x_t = signal * x + sigma * eps, DDPM Eq. 4, whose t is t + 1 here; x_0 is x, the clean token
         self.signal = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # the same solved for x_0 = x_from_xt * x_t - x_from_eps * eps
@@ -229,7 +229,7 @@ def discretized_log_likelihood(x, mean, log_std):
     """log P of the bin of width 2/255 around x, under a Gaussian, as in IDDPM; all [..., C], in nats.
 
     The bins are those of 8-bit pixels in [-1, 1], the outer ones open. The official loss uses it for latents too."""
-    cdf = lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))      # of N(0, 1), nearly
+    cdf = lambda u: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))      # of N(0, 1), nearly
     upper, lower = (cdf((-log_std).exp() * (x - mean + edge)) for edge in (1 / 255, -1 / 255))
     log = lambda p: p.clamp(min=1e-12).log()
     return torch.where(x < -0.999, log(upper), torch.where(x > 0.999, log(1 - lower), log(upper - lower)))

@@ -22,8 +22,8 @@ from prior import choose, rotate, uniform_numbers
 # ------------------------------------------------------------------------------------------- products of few rows
 # A step of the prior has one row per image, a step of the head one row per token; with guidance, two. For 3 to about
 # 48 rows the CPU's library (MKL) first copies a large W into another layout, which takes longer than the product. Two
-# forms avoid the copy: (W x^T)^T; and, for at most 8 rows, where it is the faster one, a batch of 32 products with the
-# 32 parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2, measured on one kind of CPU.
+# forms avoid the copy: (W x^T)^T; and, for at most 8 rows, which it suits better, a batch of 32 products with the 32
+# parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2, measured on one kind of CPU.
 
 def linear(layer, x):
     """layer(x) of a torch.nn.Linear."""
@@ -84,22 +84,22 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # computes the projections of several steps and reads the weights once for all of them. TF32 is allowed where
 # HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 2.9 (4 guided rows, 100 steps).
 
-ROWS = 1024  # steps x rows of one such product, about; it limits memory: a row takes (3 * depth + 2) * width floats
+ROWS = 1024  # of one such product, about: steps x tokens. A row takes (3 * depth + 2) * width floats of memory
 
 
 def modulations(net, y):
     """y [..., width] -> (shift, 1 + scale, gate) of each block, then (shift, 1 + scale) of the output."""
     y, out = F.silu(y), []
-    with tf32():
-        for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
+    for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
+        with tf32(layer is not net.output_modulation):
             parts = layer(y).unflatten(-1, (-1, y.shape[-1])).unbind(-2)
-            parts[1].add_(1)  # in place
-            out.append(parts)
+        parts[1].add_(1)  # in place
+        out.append(parts)
     return out
 
 
 def body(net, x, several, j):
-    """The rest of HeadNet.forward, with row j of the modulations of several steps. addcmul(a, b, c) is a + b * c."""
+    """The rest of HeadNet.forward, at step j of `several` steps' modulations. addcmul(a, b, c) is a + b * c."""
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
@@ -118,9 +118,9 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
     N, C, s, guided = len(z), head.config.token_dim, Schedule(spaced_timesteps(steps, t_max)), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), tf32(False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        # [S, width]; of head.timesteps, which are on the device already: the host would wait for a copy
+        # [S, width]; head.timesteps are on the device already, so the host need not wait for a copy
         times = head.net.embed_time(torch.stack([head.timesteps[t] for t in s.timesteps]))
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
         loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)

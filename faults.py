@@ -35,7 +35,7 @@ def run_script(main):
     """Runs main() and ends the process: exit code 0, or 1 after an error, or 128 + number after a signal.
 
     A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. Of
-    several ranks that fail together, the first one prints, and all end."""
+    several ranks that fail together, the first to fail prints, and all end."""
     def stop(number, frame):
         raise Stopped(number, "stopped; run the same command again to go on")
 
@@ -79,12 +79,12 @@ def run_script(main):
 class Pulse:
     """A thread in each rank that says once a second "I live", listens to the next rank, and ends all when one dies.
 
-    Without it the living ranks would wait for the dead one, on NCCL for hours. The notes are in torchrun's store."""
+    Without it the living ranks would wait for the dead one, NCCL for hours. Signs of life are in torchrun's store."""
 
     def __init__(self):
         store, self.rank, self.size = next(dist.rendezvous("env://"))
         os.environ["START"] = start = meet(store, self.rank, self.size)  # runtime.setup joins the group of this start
-        self.notes = dist.PrefixStore(f"{start}/pulse", store)           # and so no notes of an earlier start are read
+        self.notes = dist.PrefixStore(f"{start}/pulse", store)           # no notes of an earlier start are read
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -100,7 +100,7 @@ class Pulse:
                     last, heard = note, time.monotonic()
                 if note != b"over" and time.monotonic() - heard > SILENCE and self.end_all():
                     self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
-                if self.notes.check(["end"]):
+                if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for this rank to say why
                     os._exit(1)  # nothing less ends a main thread that waits inside a collective
                 if self.over.wait(1.0):
                     return
@@ -125,7 +125,7 @@ class Pulse:
             print(f"rank {self.rank} ends with the error above, and all other ranks end with it", file=sys.stderr)
 
     def end_all(self) -> bool:
-        """Ends all ranks within about a second. True for the first rank that calls it, which tells the user why."""
+        """Ends all ranks within about a second. True for the rank that calls it first, which tells the user why."""
         return self.notes.add("end", 1) == 1
 
     def stop(self):
@@ -183,16 +183,16 @@ class Watch:
     def __init__(self, world: World, skipped=0):
         """skipped: the number of steps that were not finite before this start, from the training state."""
         zero = lambda: torch.zeros((), device=world.device)
-        self.loss_sum, self.finite = zero(), zero()         # of the finite steps since the last report; their number
+        self.loss_sum, self.finite = zero(), zero()         # since the last report: sum of finite ones; their number
         self.skipped = zero() + skipped                     # number of steps that were not finite
-        self.in_row, self.longest = zero(), zero()          # of those: the last ones in a row; the longest row
+        self.in_row, self.longest = zero(), zero()          # of those in a row: now; at most
         self.signal = torch.zeros((), dtype=torch.long)     # the number of the signal that this rank has received
         self.answer, self.work = self.signal.clone(), None  # the largest number of any rank, and its exchange
         self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self):
-        """After the last step: gives the signals back to `run_script`, and one that has come too late to be obeyed."""
+        """After the last step: gives signals back to `run_script`, and raises one that came too late to be obeyed."""
         number = max(self.asked_to_stop(), self.asked_to_stop())  # the second call waits for what the first has sent
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
@@ -201,7 +201,7 @@ class Watch:
 
     def note(self, number, frame):
         """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun itself sends two."""
-        if self.signal and number == signal.SIGINT and not self.hosts:
+        if self.signal and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ and not self.hosts:
             raise KeyboardInterrupt
         self.signal.fill_(number)
 
@@ -224,8 +224,8 @@ class Watch:
 
         Waits for the device. Raises a UserError after `patience` steps in a row that were not finite."""
         if self.longest >= self.patience:
-            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row. The last "
-                            "checkpoint is from before; go on from it with a lower --lr.")
+            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row; go on from "
+                            "the last checkpoint with a lower --lr.")
         mean = float(all_mean(self.loss_sum) / self.finite)  # 0 / 0 is nan
         self.loss_sum, self.finite = torch.zeros_like(self.loss_sum), torch.zeros_like(self.finite)
         return mean, int(self.skipped), int(self.in_row)

@@ -6,7 +6,7 @@
     python fid.py --reconstruct RUN IMAGES                  rFID, PSNR and SSIM of both tokenizers
     python fid.py IMAGES --save REF.npz --crop 256 --jpeg   statistics of your own images, to be used as REFERENCE
     python fid.py --table A/result.json B/result.json       prints several results as one Markdown table
-    torchrun --nproc_per_node=8 -- fid.py ...               any of these over 8 GPUs, with the figures of one GPU
+    torchrun --nproc_per_node=8 -- fid.py ...               any of these on 8 GPUs; the figures stay those of one
 
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt
@@ -40,7 +40,7 @@ from runtime import UserError, barrier, gather, print0, read_json, refuse, setup
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # and the features behind them
 PROTOCOLS = {
     # name            resize   metrics by default
-    "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C names none
+    "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C's paper names none
     "adm":            ("tf1",   [*METRICS]),     # ADM, DiT, LlamaGen; its IS differs, see `inception_score`
     "pytorch-fid":    ("torch", ["fid"]),        # defines no other metric
 }
@@ -71,8 +71,8 @@ def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=
     """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
     torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
-    without a shuffle, so images must not be sorted by class: for a folder its order here is that of the file names
-    without their folders, which is sample.py's index. names: the files of the images, or None for an .npz."""
+    without a shuffle, which sorting by class would spoil: a folder is ordered here by file names without folders,
+    sample.py's index. names: the files of the images, or None for an .npz."""
     N, logits = len(logits), torch.as_tensor(logits).cpu()
     refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:
@@ -129,12 +129,12 @@ def products(rows):
     return rows.T @ rows
 
 
-def mean_and_covariance(products):
+def mean_and_covariance(total):
     """Summed products [1 + D, 1 + D] -> mean [D], covariance [D, D] divided by n - 1, as np.cov does."""
-    n = int(products[0, 0])
+    n = int(total[0, 0])
     refuse([(n < 2, f"{n} images have no covariance; an FID needs many images, in papers 50,000")])
-    mean = products[0, 1:] / n
-    return mean, (products[1:, 1:] - n * mean.outer(mean)) / (n - 1)
+    mean = total[0, 1:] / n
+    return mean, (total[1:, 1:] - n * mean.outer(mean)) / (n - 1)
 
 
 def summands(model: Inception, metrics, images) -> dict:
@@ -264,7 +264,7 @@ def read_arrays(path) -> dict:
 def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
-    All files have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
+    Statistics have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
     ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. A file of --save has the four
     arrays, and `about`: what they were made from and with.
 
@@ -400,8 +400,8 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
     fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: an FID falls with the number of images; compare it only with another FID@{n} (papers: 50,000)")
-    if fewest < 2048 and "fid" in str(figures):
-        print0(f"warning: {fewest} images are fewer than the 2,048 features, so their covariance is singular")
+    if fewest <= 2048 and "fid" in str(figures):
+        print0(f"warning: {fewest} images are no more than the 2,048 features, so their covariance is singular")
     print0(f"{out}: {n} images, {seconds} s")
 
 

@@ -11,7 +11,7 @@ is_null says which images have lost their class, for classifier-free guidance. A
     mask_codes  [B, L, D] or None  what the decoder adds to the mask token of each position
 
 L is the number of codes in this file. The generator need not have as many tokens. There are five fusions; n is
-GeneratorConfig.prefix:
+the number GeneratorConfig.prefix:
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes,
@@ -22,7 +22,7 @@ GeneratorConfig.prefix:
     mask_tokens      prefix: n class tokens; mask_codes: the embedded codes, one per token     MixAR   P = n
 
 All but `none` embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's
-token table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
+code table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces Embed(q) at every
 position.
 
@@ -31,7 +31,7 @@ To add a sixth fusion:
        start as n. In __init__ change the first if P is not n, the second if fewer than n rows hold the class token.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L, D] and return a Fused made from it.
     3. If every block needs an extra layer, return it from make_cross_attention. The block computes
-       x + layer(x, context) between self-attention and MLP. fast.py needs a CrossAttention and a context there.
+       x + layer(x, context) between self-attention and MLP. For fast.py it must be a CrossAttention.
     4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
 If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes.
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention(LayerNorm(x), h_q), between self-attention and MLP of a block, which adds the residual. D2C Eq. 5.
+    """Attention(LayerNorm(x), h_q), between self-attention and MLP; the block adds the residual. D2C Eq. 5.
 
     The text of the paper does not say which blocks have it. Its Table 1 lists 389M parameters for prior plus generator,
     and only cross-attention in all 24 blocks gives that number (388.7M). eps is 1e-6 as in the generator."""
@@ -174,7 +174,7 @@ class CodeFusion(Fusion):
         self.project = nn.Linear(c.code_dim, c.dim)  # generator.py initialises all Linear layers
 
     def copy_table(self, table):
-        """Copies the prior's token table [K, code_dim], divided by its standard deviation.
+        """Copies the prior's code table [K, code_dim], divided by its standard deviation.
 
         The entries of that table are a few hundredths, and positions start from N(0, 1). Without the division codes
         would vanish beside positions, and the generator would need thousands of steps before it tells codes apart."""
@@ -221,8 +221,8 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token. MixAR replaces the token, which is as expressive: the bias of
-    `project` can cancel it. The encoder sees no hidden token, so no codes."""
+    """Adds the embedded code to the shared mask token. MixAR replaces it; adding is as expressive, because the bias
+    of `project` can cancel it. The encoder sees no mask tokens, so no codes."""
 
     def __init__(self, c):
         super().__init__(c)

@@ -39,7 +39,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # n of fusion.py: class rows in front of the tokens
+    prefix: int = 64           # n of fusion.py: rows in front of the tokens
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
@@ -54,7 +54,7 @@ class GeneratorConfig:
     code_dim: int = 768        # width of the prior's code table
     queries: int = 16          # Q
     qformer_width: int = 512   # size of the Q-Former
-    qformer_layers: int = 4    # of its decoder, and again as many of its encoder if it has one
+    qformer_layers: int = 4    # of its decoder, and of its encoder if it has one
     qformer_heads: int = 4
     qformer_encoder: bool = True
 
@@ -178,11 +178,10 @@ class Generator(nn.Module):
         """Draws the random numbers of a training step on B images, on the model's device.
 
         All images hide equally many tokens: there is one masking ratio, which uniform, a Python float in [0, 1),
-        decides. So the host knows the number of hidden tokens and need not wait for a GPU. None: drawn here."""
+        decides. So the host knows the number of hidden tokens and need not wait for a GPU. None: drawn too."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
-        uniform = float(torch.rand(())) if uniform is None else uniform
-        hidden = math.ceil(mask_ratio(uniform, c.mask_min) * L)
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+        hidden = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             null=rand(B) < c.class_drop,
@@ -223,7 +222,7 @@ class Generator(nn.Module):
         cfg_from        iterations whose guidance is below this number skip the null branch
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
-        orders [B, L]   a permutation of the positions per image; its last entry is drawn first (MAR hides a first part)
+        orders [B, L]   a permutation of the positions per image; its last entry is drawn first
         noise           a list, one [steps+1, B*n, C] per iteration, image by image in raster order
         generator       a torch.Generator on the model's device, or a list of B
         start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image

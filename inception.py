@@ -54,12 +54,12 @@ class Branches(nn.Module):
 
     def __init__(self, **branches):
         super().__init__()
-        self.branches = list(branches.values())
+        self.branches = list(branches.values())  # a plain list adds no names
         for name, branch in branches.items():
             units = [step for step in branch if not isinstance(step, partial)]
-            for i, unit in enumerate(units, 1):
+            for i, step in enumerate(units, 1):
                 numbered = f"{name}_{i}" if len(units) > 1 else name
-                for letter, unit in zip("ab", unit) if isinstance(unit, tuple) else [("", unit)]:
+                for letter, unit in zip("ab", step) if isinstance(step, tuple) else [("", step)]:
                     self.add_module(numbered + letter, unit)
 
     def forward(self, x):
@@ -167,7 +167,7 @@ def resize_torch(images):
 class Inception(nn.Module):
     """The network with the weights of a file, its batch norms folded, frozen, behind one of the two resizes.
 
-    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or of other kind."""
+    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or another's."""
 
     def __init__(self, weights_path: str, resize: str = "tf1"):
         super().__init__()

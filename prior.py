@@ -4,7 +4,7 @@ D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predicts code i, the last nothing
+    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predicts code i, the last none
     .draw(B, generator)                      -> null [B]: which images of a training step lose their class
     .loss(codes, classes, null)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
@@ -93,7 +93,7 @@ class Block(nn.Module):
         if cache is not None:  # a list: keys and values [B, H, 1, D/H] of each position so far
             cache.append((k, v))
             k, v = (torch.cat(all_positions, dim=2) for all_positions in zip(*cache))
-        # With a cache the only query is the newest position. It may see all keys; is_causal would show it the first.
+        # With a cache the only query is the newest position. It sees all keys; is_causal would show it only the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
 

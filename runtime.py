@@ -161,7 +161,7 @@ def write_file(path: str, fill, kept: str | None = None):
             os.replace(path, kept)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:
         if os.path.exists(temporary):
@@ -219,15 +219,15 @@ def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
     """Divides a global batch among ranks and accumulated passes. -> images per rank and pass, number of passes.
 
     passes None: as few as possible with at most `most` images per rank and pass."""
-    rank = batch // world.size
-    passes = passes or next((n for n in range(1, rank + 1) if rank % n == 0 and rank // n <= most), 1)
+    share = batch // world.size
+    passes = passes or next((n for n in range(1, share + 1) if share % n == 0 and share // n <= most), 1)
     images, rest = divmod(batch, world.size * passes)
     refuse([(rest, f"a batch of {batch} does not divide into {world.size} ranks x {passes} passes; change --batch")])
     return images, passes
 
 
 def spread(module, ema, world: World, shard: bool, parts: tuple):
-    """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages their gradients.
+    """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages gradients.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, gradient,
     moment and average in `ema` (FSDP2). A module of one of the types `parts` is whole only while it computes."""
@@ -269,7 +269,7 @@ def whole(value):
 
 
 def unsharded(models, types: dict):
-    """A ModuleDict, sharded -> whole models in eval mode on rank 0, None elsewhere; as it is if it is not sharded.
+    """A sharded ModuleDict -> whole models in eval mode on rank 0, None elsewhere. Another one comes back as it is.
 
     All ranks must call it. types: kind -> the class of a model."""
     if not any(hasattr(p, "full_tensor") for p in models.parameters()):

@@ -14,7 +14,7 @@ VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both w
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
 The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
-stores it in kl.pt; if kl.pt has none (VA-VAE), the number that data.py measures on the cache serves. KL.sample
+stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images replaces it. KL.sample
 multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
 of stage 2's training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
 from collections import OrderedDict
@@ -34,7 +34,7 @@ class VQConfig:
     codebook_size: int = 16384        # K
     codebook_dim: int = 8             # d
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
-    unshuffle: int = 1                # small models: u x u pixels become channels; the first convolution sees 1/u
+    unshuffle: int = 1                # small models: u x u pixels become channels, at 1/u of the resolution
     linear_path: bool = False         # small models: a linear map of tiles in parallel, see Autoencoder
     lapped: bool = False              # of the linear path: tiles that overlap, see border_filter and Decoder
 
@@ -145,8 +145,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
-    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Every pixel there depends
-    on several latents, and the convolutions learn to correct it."""
+    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Each pixel of that picture
+    mixes the latents of several tiles; where it is wrong, the convolutions can correct it."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -286,7 +286,7 @@ class VQ(Autoencoder):
         self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # since the last restart
 
     def _quantize(self, images):
-        """-> unit vectors [B, d, h, h], codes [B, h*h], their vectors [B, d, h, h]. In fp32: bf16 is too coarse."""
+        """-> unit vectors [B, d, h, w], codes [B, h*h], their vectors [B, d, h, w]. In fp32: bf16 is too coarse."""
         z = self.to_grid(images)
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)                                     # [B, d, h, w]
@@ -385,16 +385,16 @@ class KL(Autoencoder):
         return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
     def draw(self, B, h, generator=None):
-        """Draws what a training step on B images with h x h positions needs: two noises [B, z, h, h], of the posterior
-        and to be added, and the strength [B, 1, 1, 1] in [0, 1) of the added one. On the model's device."""
+        """What a training step on B images with h x h positions draws: the posterior's noise and an added noise, each
+        [B, z, h, h], and the strength of the added one [B, 1, 1, 1], in [0, 1). On the model's device."""
         shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
         return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
-        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has no L2 but LPIPS and a GAN. Its weight of KL is the same, but it
-        sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise the
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has LPIPS and a GAN instead of L2. Its weight of KL is the same, but
+        it sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise the
         decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, has a similar noise)."""
         mean, logvar = self.posterior(self.to_grid(images))
         posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws

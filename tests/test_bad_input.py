@@ -495,7 +495,7 @@ def prior_of_other_classes(c):
     return train(c, 2, run=other_prior(c, "classes", names[::-1]))
 
 
-@case("prior.pt and generator.pt have other classes")
+@case("prior.pt and generator.pt have different classes")
 def sampling_with_a_prior_of_other_classes(c):
     names = checkpoints.read(f"{c.toy.run}/prior.pt")["classes"]
     run = other_prior(c, "classes", names[::-1])

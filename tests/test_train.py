@@ -394,11 +394,11 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
 
 def test_hours_shorten_each_stage_to_its_share(tmp_path):
     path, plan = str(tmp_path / "plan.json"), {"hours": 1.0, "steps": [2000, 6000, 12000], "seconds": [None] * 3}
-    assert train.fix_steps(path, plan, [0, 1, 2], seconds=0.1, least=60) == 2000  # 200 s where 540 s are allowed
+    assert train.fix_steps(path, plan, [0, 1, 2], per_step=0.1, least=60) == 2000  # 200 s where 540 s are allowed
     assert plan["seconds"][0] == 200
-    assert train.fix_steps(path, deepcopy(plan), [2], seconds=1.0, least=60) == 3400  # no prior: all that is left
-    assert train.fix_steps(path, plan, [1, 2], seconds=1.0, least=60) == int(3400 * 0.35 / 0.85)
-    assert train.fix_steps(path, plan, [2], seconds=100.0, least=60) == 60 and plan["seconds"][2] == 6000
+    assert train.fix_steps(path, deepcopy(plan), [2], per_step=1.0, least=60) == 3400  # no prior: all that is left
+    assert train.fix_steps(path, plan, [1, 2], per_step=1.0, least=60) == int(3400 * 0.35 / 0.85)
+    assert train.fix_steps(path, plan, [2], per_step=100.0, least=60) == 60 and plan["seconds"][2] == 6000
     assert json.loads(Path(path).read_text()) == plan and plan["steps"] == [2000, 1400, 60]
 
 
