@@ -17,9 +17,9 @@ tokens that it draws together. fast.py holds the same sampler in a faster form.
 Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (x_from_eps * mean_x0 of Schedule),
 because abar at the noisiest timestep is only 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 that is 1.2,
 more than one standard deviation of the latents; later steps correct most of it, not all. Therefore autocast is off in
-loss and sample. The layers `input`, which sums only C products, and `output`, which stands right before the factor 316,
-run in fp32; they are cheap. The blocks may round the inputs of their products to TF32 (0.05%): each result sums
-hundreds of products whose errors largely cancel. Measured on a small trained head, 100 steps, roundings imitated on a
+loss and sample. All but the blocks runs in fp32, which is cheap: `input` sums only C products, `output` stands right
+before the factor 316. The blocks may round the inputs of their products to TF32 (0.05%): each result sums hundreds of
+products whose errors largely cancel. Measured on a small trained head, 100 steps, roundings imitated on a
 CPU, as root mean square of the change over that of the samples: 0.5% by TF32 in the blocks, 15% by bf16 everywhere."""
 import math
 from contextlib import contextmanager

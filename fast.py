@@ -247,9 +247,9 @@ def encoder_rows(model, prefix, latents, visible):
 def decoder_rows(model, encoded, mask_codes, order):
     """encoded [B, P+V, D], order [B, L] with the V visible positions first -> the decoder's input [B, P+L, D]."""
     P, table = model.fusion.slots, model.decoder_positions
-    hidden = order[:, encoded.shape[1] - P:]
+    others = order[:, encoded.shape[1] - P:]
     tokens = model.mask_token if mask_codes is None else model.mask_token + mask_codes
-    tokens = rows_at(tokens.expand(-1, order.shape[1], -1), hidden)                  # [B, L-V, D]
+    tokens = rows_at(tokens.expand(-1, order.shape[1], -1), others)                  # [B, L-V, D]
     x = torch.cat([model.decoder_in(encoded), tokens], dim=1)
     return x + torch.cat([table[:, :P].expand(len(x), -1, -1), rows_at(table[:, P:], order)], dim=1)
 
@@ -311,15 +311,16 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
         else:
             z, z_null = hidden(model, x[:, :a], order, a, b, images).flatten(0, 1), None
         noise_k = plan.draw_noise(k, C) if noise is None else noise[k]
-        draw = (plan.cfg[k], plan.steps[k], temperature, noise_k, None, t_max, graphs)
-        x[:, a:b] = sample_head(model.head, z, z_null, *draw).view(B, b - a, C)
+        drawn = sample_head(model.head, z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, t_max=t_max,
+                            graphs=graphs)
+        x[:, a:b] = drawn.view(B, b - a, C)
         if watch:
             watch(rows_at(x, raster))
     return rows_at(x, raster)
 
 
 def head_net(net, x_t, t, z):
-    """HeadNet.forward for many rows: embeds each timestep once, computes SiLU(y) once; an addcmul saves a pass."""
+    """HeadNet.forward for many rows: embeds at most T timesteps, computes SiLU(y) once; an addcmul saves a pass."""
     with tf32(False):
         x = net.input(x_t)                                                           # [M, N, width]
         times = F.embedding(t, net.embed_time(torch.arange(T, device=t.device))) if t.numel() > T else net.embed_time(t)

@@ -210,7 +210,7 @@ class CrossAttentionFusion(CodeFusion):
 
 
 class PrefixFusion(CodeFusion):
-    """Each code has two positions: one from `embed`, and one that the generator adds to every prefix row."""
+    """Each code gets two position vectors: from `embed`, and from the generator, which adds one to each prefix row."""
 
     def __init__(self, c):
         super().__init__(c)

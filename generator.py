@@ -2,14 +2,14 @@
 
 D2C (2503.17155) section 4.2, which extends MAR (2406.11838). The model learns p(latents | class, codes). Latents are
 L continuous tokens of an image with C channels each. Codes are discrete tokens of the same image. In sampling prior.py
-draws them; in training they are the image's own, and Prior.mixture may replace a part by draws of the prior.
+draws them; in training they are the image's own, of which Prior.mixture may draw some or all anew.
 In training, a random part of the continuous tokens is hidden. The network sees the other tokens, the class and the
 codes, and computes a vector z for every position. At hidden positions the diffusion head (diffloss.py) learns to draw
 the token from z. Sampling starts with all tokens hidden and draws some of them in each iteration.
 
     Generator(config)
     .hidden(latents [B, L, C], classes [B], codes, mask [B, L])  -> z [B, L, D]; mask 1 = hidden
-    .loss(latents, classes, codes, mask, t, noise, null)         -> scalar: hidden, then head.loss where mask is 1
+    .loss(latents, classes, codes, mask, t, noise, null)         -> scalar: self.hidden, then head.loss where mask is 1
     .generate(classes, codes, ...)                               -> latents: a loop of hidden, head.sample, fill in
     .draw(B, generator)                                          -> Draws: all random numbers of a training step
 

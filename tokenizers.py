@@ -14,9 +14,9 @@ VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both w
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
 The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
-stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images replaces it. KL.sample
-multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
-of stage 2's training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
+stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images replaces it. KL.sample multiplies by
+config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that of stage 2's
+training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from math import isqrt

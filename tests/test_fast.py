@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fast
+from diffloss import tf32
 from fusion import FUSIONS
 from generator import Generator, hidden_counts
 from prior import Prior, PriorConfig
@@ -121,6 +122,26 @@ def test_sample_head_in_fp32_under_autocast(head):
     want = fast.sample_head(head, z, z.flip(0), 2.0, 5, noise=noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(fast.sample_head(head, z, z.flip(0), 2.0, 5, noise=noise), want)
+
+
+def test_same_layers_may_use_tf32(head):
+    """The plain head decides which layers may round to TF32. Outside of both forms the flag is on."""
+    allowed = []
+    for name, layer in head.net.named_modules():
+        if isinstance(layer, nn.Linear):
+            note = lambda *_, name=name: allowed.append((name, torch.backends.cuda.matmul.allow_tf32))
+            layer.register_forward_hook(note)
+    z, noise = torch.randn(2, N, D), torch.randn(4, N, HEAD_C)
+    calls = (lambda: head.sample(*z, 3.0, 3, 1.0, noise), lambda: fast.sample_head(head, *z, 3.0, 3, 1.0, noise),
+             lambda: fast.head_net(head.net, torch.randn(2, N, HEAD_C), torch.randint(1000, (2, N)), z[0]))
+    found = []
+    for call in calls:
+        with tf32():
+            call()
+        found.append(set(allowed))
+        allowed.clear()
+    assert found[0] == found[1] == found[2]
+    assert {name.split(".")[0] for name, rounds in found[0] if rounds} == {"blocks"}
 
 
 def test_graphs(head):

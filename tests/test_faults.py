@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -153,6 +153,20 @@ def test_signal_after_the_last_step_is_not_lost():
         watch.close()
     assert stopped.value.args[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
     faults.Watch(runtime.World(torch.device("cpu"))).close()
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_second_ctrl_c(monkeypatch, torchrun):
+    """It ends a run of one process at once, but not under torchrun, which sends two for one of the user."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    watch = faults.Watch(runtime.World(torch.device("cpu")))
+    watch.note(signal.SIGINT, None)
+    with nullcontext() if torchrun else pytest.raises(KeyboardInterrupt):
+        watch.note(signal.SIGINT, None)
+    with pytest.raises(faults.Stopped):
+        watch.close()
 
 
 # --------------------------------------------------------------------------------------- numbers that are not finite
