@@ -281,7 +281,7 @@ class Cache:
         return checked(self.parts[p][i, view:view + 1])[0]
 
     def batch(self, numbers):
-        """n sample numbers -> codes [n, L] int64, moments [n, 2z, g, g] float16, classes [n] int64."""
+        """n sample numbers -> codes [n, L] int64, moments [n, 2Z, g, g] float16, classes [n] int64."""
         entries = [self.entry(image, view) for image, view in zip(*self.order(numbers))]
         stack = lambda field, dtype: torch.from_numpy(np.stack([e[field] for e in entries]).astype(dtype, copy=False))
         return stack("codes", np.int64), stack("moments", np.float16), stack("label", np.int64)
@@ -387,7 +387,7 @@ def finish(out, h, paths, file_scale):
     """Checks all checksums, measures the scale of the latents over all images and views, completes the header."""
     skipped = []
 
-    def moments():  # [n*V, 2z, g, g] of chunk after chunk; unreadable images go to `skipped` instead
+    def moments():  # [n*V, 2Z, g, g] of chunk after chunk; unreadable images go to `skipped` instead
         for file, numbers in part_files(out, h).items():
             part = open_part(file, numbers, h)
             for i in range(0, len(part), CHUNK):

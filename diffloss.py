@@ -14,13 +14,13 @@ improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timestep
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
 
-Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (x_from_eps * mean_x0 of Schedule),
-because abar at the noisiest timestep is only 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 that is 1.2,
-more than one standard deviation of the latents; later steps correct most of it, not all. Therefore autocast is off in
-loss and sample. All but the blocks runs in fp32, which is cheap: `input` sums only C products, `output` stands right
-before the factor 316. The blocks may round the inputs of their products to TF32 (0.05%): each result sums hundreds of
-products whose errors largely cancel. Measured on a small trained head, 100 steps, roundings imitated on a
-CPU, as root mean square of the change over that of the samples: 0.5% by TF32 in the blocks, 15% by bf16 everywhere."""
+Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (Schedule: x_from_eps * mean_x0),
+because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
+the standard deviation of the latents, and later steps correct only most of it. So autocast is off in loss and sample.
+In the forward pass all but the blocks runs in fp32. `input` needs it because a sum of only C products averages no
+errors away, `output` because the factor 316 comes next; both are cheap. The blocks may round the inputs of their
+products to TF32 (0.05%): errors of the hundreds of summed products largely cancel. On a small trained head (100 steps,
+rounding imitated on a CPU, RMS of change over RMS of samples): 0.5% by TF32 in the blocks, 15% by bf16 everywhere."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Schedule:
         self.abar = [every_abar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]
         self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # every_beta, if every timestep is kept
-        # x_t = signal * x + sigma * eps, DDPM Eq. 4, whose t is t + 1 here; x_0 is x, the clean token
+        # x_t = signal * x + sigma * eps, DDPM Eq. 4 (DDPM counts t from 1, we from 0); x_0 is x, the clean token
         self.signal = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # the same solved for x_0 = x_from_xt * x_t - x_from_eps * eps
@@ -113,7 +113,7 @@ class HeadBlock(nn.Module):
 
 
 class HeadNet(nn.Module):
-    """Predicts the noise in x_t, and v, which sets the variance of x_{t-1}. Its condition is y = time + projected z."""
+    """Predicts the noise in x_t, and v, which sets the variance of x_{t-1}, given y = time + projected z."""
 
     def __init__(self, c: HeadConfig):
         super().__init__()
@@ -157,7 +157,7 @@ class DiffusionHead(nn.Module):
     def __init__(self, c: HeadConfig):
         super().__init__()
         self.config, self.net = c, HeadNet(c)
-        # self.signal, self.sigma, ..., self.max_logvar [T]: the Schedule as buffers, which move with the module
+        # self.timesteps, self.abar, ..., self.max_logvar [T]: the Schedule as buffers, which move with the module
         for name, values in vars(Schedule()).items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
@@ -165,8 +165,8 @@ class DiffusionHead(nn.Module):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
-        IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. One random step estimates a thousandth of
-        that sum, so its weight here is 1. No gradient of the bound reaches eps. net: fast.py's form of self.net."""
+        IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. That is the mean over the steps, which one
+        random step estimates, so the weight is 1 here. No gradient of the bound reaches eps. net: or fast.head_net."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t
@@ -191,7 +191,7 @@ class DiffusionHead(nn.Module):
 
         cfg != 1 needs z_null [N, D]: eps = null + cfg * (cond - null), and the variance of the conditional branch.
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
-        is never used, because no noise is added at t = 0; recorded noise of the official code has it. temperature
+        is never used, because no noise is added at t = 0; it is there because the official code draws it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
         t_max: it skips the noisiest steps, which amplify the errors of a head that was trained briefly."""
         N, C = len(z), self.config.token_dim

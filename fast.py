@@ -3,12 +3,12 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, *these random numbers)
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by the numbers in draws
 
-The rewrites are exact: they compute the same sums, some in another order, so results agree up to rounding (where it
-decides between two codes, they may differ; with dropout they agree in distribution). The tests assert it for every
-fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Each section says what is
-rewritten, why it is exact and what it saves: plain time over fast time on two CPU cores (docs/speed.md)."""
+The rewrites are exact: but for rounding they compute the same numbers, because they change only the order of the work.
+(Where rounding decides between two codes, codes may differ; with dropout the results agree in distribution.) The tests
+assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. A section
+says what is rewritten, why that is exact, and what it saves: plain time over fast, on two CPU cores (docs/speed.md)."""
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,8 @@ from prior import choose, rotate, uniform_numbers
 # ------------------------------------------------------------------------------------------- products of few rows
 # A step of the prior has one row per image, a step of the head one row per token; with guidance, two. For 3 to about
 # 48 rows the CPU's library (MKL) first copies a large W into another layout, which takes longer than the product. Two
-# forms avoid the copy: (W x^T)^T; and, for at most 8 rows, which it suits better, a batch of 32 products with the 32
-# parts of W. Exact: the same products are summed. Saves: a factor of 1.2 to 2, measured on one kind of CPU.
+# forms avoid the copy. (W x^T)^T is the better one above 8 rows. Up to 8 rows a batch of 32 products is better, one
+# with each of 32 parts of W. Exact: the same products are summed. Saves a factor of 1.2 to 2, on one kind of CPU.
 
 def linear(layer, x):
     """layer(x) of a torch.nn.Linear."""
@@ -82,9 +82,9 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # SiLU(time + z). SiLU is not linear, so each (step, token) needs its own. But none depends on x, so one product
 # computes the projections of several steps and reads the weights once for all of them. TF32 is allowed where
-# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 2.9 (4 guided rows, 100 steps).
+# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 2.9 (N = 4, guided, 100 steps).
 
-ROWS = 1024  # of one such product, about: steps x tokens. A row takes (3 * depth + 2) * width floats of memory
+ROWS = 1024  # about so many rows has one such product; a row takes (3 * depth + 2) * width floats of memory
 
 
 def modulations(net, y):
@@ -93,21 +93,21 @@ def modulations(net, y):
     for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
         with tf32(layer is not net.output_modulation):
             parts = layer(y).unflatten(-1, (-1, y.shape[-1])).unbind(-2)
-        parts[1].add_(1)  # in place
+        parts[1].add_(1)  # in place: scale becomes 1 + scale
         out.append(parts)
     return out
 
 
-def body(net, x, several, j):
-    """The rest of HeadNet.forward, at step j of `several` steps' modulations. addcmul(a, b, c) is a + b * c."""
+def body(net, x, mods, j):
+    """The rest of HeadNet.forward, with step j of mods = modulations(...). addcmul(a, b, c) is a + b * c."""
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
-            for block, (shift, scale, gate) in zip(net.blocks, several):
+            for block, (shift, scale, gate) in zip(net.blocks, mods):  # the last of mods is for the output
                 h = torch.addcmul(shift[j], block.norm(x), scale[j])
                 h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
                 x = torch.addcmul(x, gate[j], h)
-        shift, scale = several[-1]
+        shift, scale = mods[-1]
         return net.output(torch.addcmul(shift[j], F.layer_norm(x, x.shape[-1:], eps=1e-6), scale[j]))
 
 
@@ -132,14 +132,14 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
 def reverse(head, s: Schedule, temperature, z, times, noise, cfg):
     """The reverse steps. z [N, D], or [2N, D] with the null branch after it; times [S, width]; noise [S+1, N, C]."""
     net, N, C, S = head.net, noise.shape[1], noise.shape[2], len(times)
-    cond = net.cond(z)                                                               # [N or 2N, width]
+    projected = net.cond(z)                                                          # [N or 2N, width]
     count = max(1, ROWS // len(z))                                                   # steps per adaLN product
     x = noise[0]
     for k, i in enumerate(reversed(range(S))):
         if k % count == 0:  # the modulations of the steps i, i - 1, ..., first
             first = max(0, i + 1 - count)
-            several = modulations(net, times[first:i + 1, None] + cond)              # each [steps, N or 2N, width]
-        out = body(net, x.repeat(len(z) // N, 1), several, i - first)
+            mods = modulations(net, times[first:i + 1, None] + projected)            # each [steps, N or 2N, width]
+        out = body(net, x.repeat(len(z) // N, 1), mods, i - first)
         eps, v = out[:N].chunk(2, dim=-1)
         if len(z) > N:
             null = out[N:, :C]
@@ -195,12 +195,12 @@ class Graphs:
 #    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
 #    each cross-attention computes from it, are computed once per image. For the null class they are the same for all
-#    images: a caller may compute them once (null_condition) for all its calls.
+#    images: a caller may compute them once (prepare_null) for all its calls.
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
 # Exact: every row is computed from the same rows as before. All of it, with the head's loop above, saved a factor of
-# 1.7 (MAR-B, 64 iterations x 100 steps, batch 1). Training uses the first idea and head_net.
+# 1.7 (MAR-B, 64 iterations x 100 steps, batch 1).
 
 class Prepared(NamedTuple):
     """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
@@ -217,7 +217,7 @@ def prepare(model, classes, codes) -> Prepared:
     return Prepared(fused.prefix, fused.mask_codes, read(model.encoder_blocks), read(model.decoder_blocks))
 
 
-def null_condition(model) -> Prepared:
+def prepare_null(model) -> Prepared:
     """The Prepared of one null image, for all calls of `generate` until the weights change."""
     c, device = model.config, model.mask_token.device
     codes = torch.zeros(1, c.codes, dtype=torch.long, device=device)  # the fake code replaces them
@@ -239,14 +239,14 @@ def rows_at(x, where):
 
 def encoder_rows(model, prefix, latents, visible):
     """latents [B, V, C] at positions visible [B, V] -> the encoder's input [B, P+V, D]."""
-    P, table = model.fusion.slots, model.encoder_positions
+    P, table = model.fusion.prefix_rows, model.encoder_positions
     x = model.latent_in(latents) + rows_at(table[:, P:], visible)
     return model.encoder_in_norm(torch.cat([prefix + table[:, :P], x], dim=1))
 
 
 def decoder_rows(model, encoded, mask_codes, order):
     """encoded [B, P+V, D], order [B, L] with the V visible positions first -> the decoder's input [B, P+L, D]."""
-    P, table = model.fusion.slots, model.decoder_positions
+    P, table = model.fusion.prefix_rows, model.decoder_positions
     others = order[:, encoded.shape[1] - P:]
     tokens = model.mask_token if mask_codes is None else model.mask_token + mask_codes
     tokens = rows_at(tokens.expand(-1, order.shape[1], -1), others)                  # [B, L-V, D]
@@ -273,7 +273,7 @@ def compile_blocks():
 
 def hidden(model, latents, order, a, b, prepared):
     """Generator.hidden: z [B, b-a, D] of the positions order[:, a:b], given the latents [B, a, C] of order[:, :a]."""
-    P = model.fusion.slots
+    P = model.fusion.prefix_rows
     x = encoder_rows(model, prepared.prefix, latents, order[:, :a])
     for block, keys_values in zip(model.encoder_blocks, prepared.encoder):
         x = run_block(block, x, keys_values)
@@ -288,19 +288,19 @@ def hidden(model, latents, order, a, b, prepared):
 def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
              orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None, null=None,
              graphs=None):
-    """Generator.generate: same arguments, same latents, in eval mode. null: null_condition(model); graphs: a Graphs."""
+    """Generator.generate: same arguments, same latents, in eval mode. null: prepare_null(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
     # Iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]]. Within an iteration positions
     # stand in raster order, because the rows of noise do.
-    bounds = [plan.kept] + [L - m for m in plan.hidden]
+    bounds = [plan.kept] + [L - m for m in plan.masked]
     first_to_last = plan.orders.flip(1)
     parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]
     order = torch.cat(parts, dim=1)                                                  # [B, L]
     raster = order.argsort(1)                                                        # the inverse permutation
 
     images = prepare(model, classes, codes)
-    both = with_null(images, null or null_condition(model)) if any(g != 1 for g in plan.cfg) else None
+    both = with_null(images, null or prepare_null(model)) if any(g != 1 for g in plan.cfg) else None
     x = torch.zeros(B, L, C, device=classes.device)                                  # in the order of generation
     if start is not None:
         x[:, :plan.kept] = rows_at(start[0], order[:, :plan.kept])
@@ -319,8 +319,12 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     return rows_at(x, raster)
 
 
+# ----------------------------------------------------------------------------------------------- the training step
+# `loss` puts visible tokens first, as in 1. above; `head_net` embeds each of the T timesteps once, and computes SiLU(y)
+# once for all blocks. Exact: the same sums. Saves a factor of 1.3 (d2c-b, batch 8).
+
 def head_net(net, x_t, t, z):
-    """HeadNet.forward for many rows: embeds at most T timesteps, computes SiLU(y) once; an addcmul saves a pass."""
+    """HeadNet.forward for many rows."""
     with tf32(False):
         x = net.input(x_t)                                                           # [M, N, width]
         times = F.embedding(t, net.embed_time(torch.arange(T, device=t.device))) if t.numel() > T else net.embed_time(t)
@@ -336,12 +340,12 @@ def head_net(net, x_t, t, z):
 
 
 def loss(model, latents, classes, codes, draws):
-    """Generator.loss with these draws. The host knows draws.hidden, so it never waits for the device to count."""
+    """Generator.loss with these draws. The host knows draws.masked, so it never waits for the device to count."""
     B, L, C = latents.shape
-    M, n, P = len(draws.t), draws.hidden, model.fusion.slots
+    M, n, P = len(draws.t), draws.masked, model.fusion.prefix_rows
     order = draws.mask.argsort(dim=1, stable=True)                                   # [B, L], visible positions first
     visible, at = order[:, :L - n], order[:, L - n:]                                 # positions [B, L-n] and [B, n]
-    fused = model.fuse(classes.masked_fill(draws.null, model.config.classes), codes)
+    fused = model.fuse(classes.masked_fill(draws.drop, model.config.classes), codes)
     x = encoder_rows(model, fused.prefix, rows_at(latents, visible), visible)
     for block in model.encoder_blocks:
         x = block(x, fused.context)

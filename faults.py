@@ -141,8 +141,7 @@ def meet(store, rank: int, ranks: int) -> str:
     `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store, which still
     holds addresses of dead ranks. Each start therefore puts a name, chosen by rank 0, before its keys. To get the name,
     each rank asks with a word that it has just invented, and rank 0 answers to this word: no dead rank can have written
-    the answer. Rank 0 may read a dead rank's question; it answers that one too and looks again until the living rank
-    has confirmed the name."""
+    the answer. Rank 0 also answers the question of a dead rank, and looks again until the living rank has confirmed."""
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question of {rank}", word)

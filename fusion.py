@@ -10,8 +10,8 @@ is_null says which images have lost their class, for classifier-free guidance. A
     context     [B, L, D] or None  what the cross-attention of every block reads
     mask_codes  [B, L, D] or None  what the decoder adds to the mask token of each position
 
-L is the number of codes in this file. The generator need not have as many tokens. There are five fusions; n is
-the number GeneratorConfig.prefix:
+In this file L is the number of codes; the generator may have another number of tokens. There are five fusions.
+n is GeneratorConfig.prefix, MAR's 64 rows: all hold the same class token, and learned positions tell them apart.
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes,
@@ -23,12 +23,11 @@ the number GeneratorConfig.prefix:
 
 All but `none` embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's
 code table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
-Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces Embed(q) at every
-position.
+Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive a class from CodeFusion. self.slots, which is P, and self.class_slots, the rows with the class token,
-       start as n. In __init__ change the first if P is not n, the second if fewer than n rows hold the class token.
+    1. Derive a class from CodeFusion. self.prefix_rows, which is P, and self.class_rows, how many of them hold the
+       class token, start as n. In __init__ change the first if P is not n, the second if it is less than n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L, D] and return a Fused made from it.
     3. If every block needs an extra layer, return it from make_cross_attention. The block computes
        x + layer(x, context) between self-attention and MLP. For fast.py it must be a CrossAttention.
@@ -139,26 +138,26 @@ class QFormer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- fusions
 
 class Fusion(nn.Module):
-    """What all fusions share. slots: the number of prefix rows, P. class_slots: how many hold the class token."""
+    """What all fusions share. prefix_rows is P; class_rows says how many of them hold the class token."""
     reads_codes = False  # True: sampling needs a prior and a VQ tokenizer
 
     def __init__(self, c):
         super().__init__()
-        self.slots = self.class_slots = c.prefix
+        self.prefix_rows = self.class_rows = c.prefix
 
     def make_cross_attention(self, dim, heads):
         """A new layer for one generator block, between self-attention and MLP; None for most fusions."""
         return None
 
-    def class_rows(self, class_token):
-        return class_token[:, None].expand(-1, self.class_slots, -1)
+    def repeat(self, class_token):
+        return class_token[:, None].expand(-1, self.class_rows, -1)
 
 
 class NoFusion(Fusion):
     """MAR: the class alone."""
 
     def forward(self, codes, class_token, is_null):
-        return Fused(self.class_rows(class_token))
+        return Fused(self.repeat(class_token))
 
 
 class CodeFusion(Fusion):
@@ -193,12 +192,12 @@ class QFormerFusion(CodeFusion):
         super().__init__(c)
         if c.queries > c.prefix:
             raise ValueError(f"{c.queries} queries do not fit into {c.prefix} prefix rows")
-        self.class_slots -= c.queries
+        self.class_rows -= c.queries
         self.qformer = QFormer(c.dim, c.queries, c.qformer_width, c.qformer_layers, c.qformer_heads, c.qformer_encoder)
 
     def forward(self, codes, class_token, is_null):
-        queries = self.qformer(self.embed(codes, is_null))
-        return Fused(torch.cat([queries, self.class_rows(class_token)], dim=1))
+        outputs = self.qformer(self.embed(codes, is_null))                          # [B, Q, D]
+        return Fused(torch.cat([outputs, self.repeat(class_token)], dim=1))
 
 
 class CrossAttentionFusion(CodeFusion):
@@ -206,7 +205,7 @@ class CrossAttentionFusion(CodeFusion):
         return CrossAttention(dim, heads)
 
     def forward(self, codes, class_token, is_null):
-        return Fused(self.class_rows(class_token), context=self.embed(codes, is_null))
+        return Fused(self.repeat(class_token), context=self.embed(codes, is_null))
 
 
 class PrefixFusion(CodeFusion):
@@ -214,15 +213,15 @@ class PrefixFusion(CodeFusion):
 
     def __init__(self, c):
         super().__init__(c)
-        self.slots += c.codes
+        self.prefix_rows += c.codes
 
     def forward(self, codes, class_token, is_null):
-        return Fused(torch.cat([self.class_rows(class_token), self.embed(codes, is_null)], dim=1))
+        return Fused(torch.cat([self.repeat(class_token), self.embed(codes, is_null)], dim=1))
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token. MixAR replaces it; adding is as expressive, because the bias
-    of `project` can cancel it. The encoder sees no mask tokens, so no codes."""
+    """Adds the embedded code to the shared mask token. MixAR replaces the token; adding is as expressive, since
+    the bias of `project` can cancel the token. The encoder sees no mask tokens, so no codes."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -230,7 +229,7 @@ class MaskTokenFusion(CodeFusion):
             raise ValueError("mask_tokens needs one code per token; choose another fusion or equal grids")
 
     def forward(self, codes, class_token, is_null):
-        return Fused(self.class_rows(class_token), mask_codes=self.embed(codes, is_null))
+        return Fused(self.repeat(class_token), mask_codes=self.embed(codes, is_null))
 
 
 FUSIONS = {"none": NoFusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion,

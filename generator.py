@@ -2,24 +2,23 @@
 
 D2C (2503.17155) section 4.2, which extends MAR (2406.11838). The model learns p(latents | class, codes). Latents are
 L continuous tokens of an image with C channels each. Codes are discrete tokens of the same image. In sampling prior.py
-draws them; in training they are the image's own, of which Prior.mixture may draw some or all anew.
-In training, a random part of the continuous tokens is hidden. The network sees the other tokens, the class and the
-codes, and computes a vector z for every position. At hidden positions the diffusion head (diffloss.py) learns to draw
-the token from z. Sampling starts with all tokens hidden and draws some of them in each iteration.
+draws them; in training they are the image's own, or Prior.mixture replaces some or all of them.
+In training, a random part of the continuous tokens is masked. The network sees the other tokens, the class and the
+codes, and computes a hidden vector z for every position. At masked positions the diffusion head (diffloss.py) learns
+to draw the token from z. Sampling starts with all tokens masked and draws some of them in each iteration.
 
     Generator(config)
-    .hidden(latents [B, L, C], classes [B], codes, mask [B, L])  -> z [B, L, D]; mask 1 = hidden
-    .loss(latents, classes, codes, mask, t, noise, null)         -> scalar: self.hidden, then head.loss where mask is 1
+    .hidden(latents [B, L, C], classes [B], codes, mask [B, L])  -> z [B, L, D]; mask 1 = masked
+    .loss(latents, classes, codes, mask, t, noise, drop)         -> scalar: self.hidden, then head.loss where mask is 1
     .generate(classes, codes, ...)                               -> latents: a loop of hidden, head.sample, fill in
     .draw(B, generator)                                          -> Draws: all random numbers of a training step
 
     rows of the encoder:  [ prefix P | visible tokens V ]
-            the decoder:  [ prefix P | all tokens L, a mask token where one is hidden ]
+            the decoder:  [ prefix P | all tokens L, a mask token where one is masked ]
 
 fusion.py turns class and codes into the P prefix rows and, for some fusions, into a context for cross-attention or
 into vectors added to mask tokens. Classes are 0 to config.classes - 1; class number config.classes is the null class,
-of classifier-free guidance. This file is the method in its textbook form. fast.py has `loss` and `generate` in a faster
-form with the same results; train.py and sample.py use that form."""
+of classifier-free guidance. This file is the textbook form; train.py and sample.py use that of fast.py."""
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -39,7 +38,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # n of fusion.py: rows in front of the tokens
+    prefix: int = 64           # n of fusion.py: prefix rows, without those of codes
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
@@ -47,7 +46,7 @@ class GeneratorConfig:
     head_depth: int = 6        # of the diffusion head
     head_width: int = 1024
     batch_mul: int = 4         # M draws of (t, noise) per token and training step
-    mask_min: float = 0.7      # the smallest share of tokens that a training step hides
+    mask_min: float = 0.7      # the smallest share of tokens that a training step masks
     dropout: float = 0.1
     class_drop: float = 0.1    # share of training images whose class and codes become null, together
     vocab: int = 16384         # K, number of different codes
@@ -87,19 +86,19 @@ class Block(nn.Module):
 
 class Draws(NamedTuple):
     """All random numbers of a training step on B images."""
-    null: torch.Tensor       # [B] bool, True where an image loses its class and its codes
-    mask: torch.Tensor       # [B, L], 1 = hidden, equally many per image
-    t: torch.Tensor          # [M, B, L] diffusion timesteps
-    noise: torch.Tensor      # [M, B, L, C]
-    posterior: torch.Tensor  # [B, L, C] noise with which KL.sample draws the latents, new at every step
-    codes: torch.Tensor      # [2, B, codes] uniform numbers for Prior.mixture: keep a code or not, and which instead
-    hidden: int              # hidden tokens per image
+    drop: torch.Tensor             # [B] bool, True where an image loses its class and its codes
+    mask: torch.Tensor             # [B, L], 1 = masked, equally many per image
+    t: torch.Tensor                # [M, B, L] diffusion timesteps
+    noise: torch.Tensor            # [M, B, L, C]
+    posterior_noise: torch.Tensor  # [B, L, C], with which KL.sample draws the latents, new at every step
+    code_uniform: torch.Tensor     # [2, B, codes], for Prior.mixture: keep a code or not, and which instead
+    masked: int                    # masked tokens per image
 
-    def rows(self, images):
+    def part(self, images):
         """The numbers of the images in a slice: a rank draws for the whole batch and takes its own images."""
-        null, mask, t, noise, posterior, codes, hidden = self
-        return Draws(null[images], mask[images], t[:, images], noise[:, images], posterior[images], codes[:, images],
-                     hidden)
+        drop, mask, t, noise, posterior, code, masked = self
+        return Draws(drop[images], mask[images], t[:, images], noise[:, images], posterior[images], code[:, images],
+                     masked)
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -109,7 +108,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = c
         self.fusion = make_fusion(c)
-        P, L = self.fusion.slots, c.grid**2
+        P, L = self.fusion.prefix_rows, c.grid**2
         self.class_embedding = nn.Embedding(c.classes, c.dim)
         self.fake_class = nn.Parameter(torch.empty(1, c.dim))
         self.latent_in = nn.Linear(c.token_dim, c.dim)
@@ -134,13 +133,13 @@ class Generator(nn.Module):
         self.head = DiffusionHead(HeadConfig(c.token_dim, c.dim, c.head_depth, c.head_width))
 
     def hidden(self, latents, classes, codes, mask):
-        """latents [B, L, C], mask [B, L] (1 = hidden, equally many per image) -> z [B, L, D], in raster order.
+        """latents [B, L, C], mask [B, L] (1 = masked, equally many per image) -> z [B, L, D], in raster order.
 
-        Latents at hidden positions have no influence. codes [B, codes] int64, or None for fusion `none`."""
+        Latents at masked positions have no influence. codes [B, codes] int64, or None for fusion `none`."""
         fused = self.fuse(classes, codes)
-        visible = F.pad(1 - mask.float(), (self.fusion.slots, 0), value=1).bool()    # [B, P+L], also the prefix
+        visible = F.pad(1 - mask.float(), (self.fusion.prefix_rows, 0), value=1).bool()  # [B, P+L], the prefix too
         if (visible.sum(1) != visible[0].sum()).any():
-            raise ValueError("a mask must hide equally many tokens of each image")
+            raise ValueError("a mask must cover equally many tokens of each image")
         return self.decode(self.encode(latents, fused, visible), fused, visible)
 
     def fuse(self, classes, codes) -> Fused:
@@ -162,50 +161,50 @@ class Generator(nn.Module):
 
     def decode(self, encoded, fused, visible):
         """encoded [B, P+V, D] -> z [B, L, D]: the encoded rows return to their places, mask tokens fill the others."""
-        P = self.fusion.slots
+        P = self.fusion.prefix_rows
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row, prefix first
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row; the prefix stays
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
-        return self.decoder_norm(x)[:, P:] + self.output_positions                   # without the prefix
+        return self.decoder_norm(x)[:, P:] + self.output_positions                   # which token the head draws
 
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
 
-        All images hide equally many tokens: there is one masking ratio, which uniform, a Python float in [0, 1),
-        decides. So the host knows the number of hidden tokens and need not wait for a GPU. None: drawn too."""
+        All images mask equally many tokens: there is one masking ratio, which uniform, a Python float in [0, 1),
+        decides. So the host knows the number of masked tokens and need not wait for a GPU. None: drawn too."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
-        hidden = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
+        masked = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
-            null=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < hidden).float(),  # a random permutation; hidden where below
+            drop=rand(B) < c.class_drop,
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a random permutation; masked where below
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim),
-            posterior=normal(B, L, c.token_dim),
-            codes=rand(2, B, c.codes),
-            hidden=hidden)
+            posterior_noise=normal(B, L, c.token_dim),
+            code_uniform=rand(2, B, c.codes),
+            masked=masked)
 
-    def loss(self, latents, classes, codes, mask=None, t=None, noise=None, null=None):
-        """Mean diffusion loss over hidden tokens and M draws of (t, noise). D2C Eq. 2.
+    def loss(self, latents, classes, codes, mask=None, t=None, noise=None, drop=None):
+        """Mean diffusion loss over masked tokens and M draws of (t, noise). D2C Eq. 2.
 
         latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
-        null [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image."""
+        drop [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image."""
         if mask is None or t is None or noise is None:
             drawn = self.draw(len(latents))
             mask = drawn.mask if mask is None else mask
             t = drawn.t if t is None else t
             noise = drawn.noise if noise is None else noise
-        classes = classes if null is None else classes.masked_fill(null, self.config.classes)
+        classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
         z = self.hidden(latents, classes, codes, mask)                               # [B, L, D]
         at = mask.bool()
-        # n hidden tokens of all images: latents [n, C], z [n, D], t [M, n], noise [M, n, C]
+        # n masked tokens of all images: latents [n, C], z [n, D], t [M, n], noise [M, n, C]
         return self.head.loss(latents[at], z[at], t[:, at], noise[:, at]).mean()
 
     # ------------------------------------------------------------------------------------------------- sampling
@@ -222,11 +221,11 @@ class Generator(nn.Module):
         cfg_from        iterations whose guidance is below this number skip the null branch
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
-        orders [B, L]   a permutation of the positions per image; its last entry is drawn first
+        orders [B, L]   a permutation of the positions per image; drawn from its end, as in MAR
         noise           a list, one [steps+1, B*n, C] per iteration, image by image in raster order
         generator       a torch.Generator on the model's device, or a list of B
         start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image
-        watch           a function that is called after each iteration with the latents so far; hidden ones are zero"""
+        watch           a function that is called after each iteration with the latents so far; masked ones are zero"""
         L, C = self.config.grid**2, self.config.token_dim
         plan = make_plan(len(classes), L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start,
                          classes.device)
@@ -234,11 +233,11 @@ class Generator(nn.Module):
         x, mask = torch.zeros(len(classes), L, C, device=classes.device), plan.mask
         if start is not None:
             x = torch.where(mask[..., None] == 0, start[0], x)
-        for k, later in enumerate(plan.hidden):                  # `later` tokens per image stay hidden for now
+        for k, later in enumerate(plan.masked):      # the first `later` positions of each order stay masked for now
             next_mask = torch.zeros_like(mask).scatter(1, plan.orders[:, :later], 1.0)
             now = (mask - next_mask).bool()                                          # [B, L], drawn in this iteration
             z = self.hidden(x, classes, codes, mask)[now]                            # [B*n, D], image by image
-            z_null = self.hidden(x, null, codes, mask)[now] if plan.cfg[k] != 1 else None
+            z_null = self.hidden(x, null, codes, mask)[now] if plan.cfg[k] != 1 else None  # fake_code replaces codes
             noise_k = plan.draw_noise(k, C) if noise is None else noise[k]           # [steps+1, B*n, C]
             x[now] = self.head.sample(z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, t_max=t_max)
             mask = next_mask
@@ -249,18 +248,18 @@ class Generator(nn.Module):
 
 @dataclass
 class Plan:
-    """What is decided before the first iteration of a decoding."""
-    orders: torch.Tensor   # [B, L], positions; the last entry is drawn first
-    mask: torch.Tensor     # [B, L], 1 = hidden at the start
+    """What is decided before the first iteration of `generate`."""
+    orders: torch.Tensor   # [B, L], positions; drawn from the end
+    mask: torch.Tensor     # [B, L], 1 = masked at the start
     kept: int              # tokens per image that are not drawn
-    hidden: list           # tokens per image that are still hidden after each iteration
+    masked: list           # tokens per image that are still masked after each iteration
     cfg: list              # guidance of each iteration; 1: none
     steps: list            # diffusion steps of each iteration
     generators: list       # one per image: all the same, or None, if the caller did not give a list
 
     def draw_noise(self, k, C):
         """The head's noise in iteration k, [steps+1, B*n, C], image by image from the generators."""
-        n = (self.hidden[k - 1] if k else self.orders.shape[1] - self.kept) - self.hidden[k]
+        n = (self.masked[k - 1] if k else self.orders.shape[1] - self.kept) - self.masked[k]
         return torch.cat([torch.randn(self.steps[k] + 1, n, C, generator=g, device=self.mask.device)
                           for g in self.generators], dim=1)
 
@@ -281,21 +280,21 @@ def make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generato
         orders = torch.stack([torch.rand(L, generator=g, device=device) for g in generators]).argsort(1)
     if kept:  # kept tokens go to the end of the order: they count as drawn
         orders = orders.gather(1, mask.gather(1, orders).argsort(dim=1, descending=True, stable=True))
-    hidden = hidden_counts(L - kept, iterations)
-    # As in MAR, the last iteration counts 1 hidden token instead of 0, so its guidance is slightly below cfg.
-    guidance = [1 + (cfg - 1) * (L - max(m, 1)) / L if schedule == "linear" else cfg for m in hidden]
-    return Plan(orders, mask, kept, hidden, [g if g >= cfg_from else 1.0 for g in guidance],
+    masked = masked_counts(L - kept, iterations)
+    # As in MAR, the last iteration counts 1 masked token instead of 0, so its guidance is slightly below cfg.
+    guidance = [1 + (cfg - 1) * (L - max(m, 1)) / L if schedule == "linear" else cfg for m in masked]
+    return Plan(orders, mask, kept, masked, [g if g >= cfg_from else 1.0 for g in guidance],
                 [steps] * iterations if isinstance(steps, int) else steps, generators)
 
 
 def mask_ratio(uniform, low):
-    """Share of hidden tokens in a training step: normal(1, 0.25) truncated to [low, 1], from uniform in [0, 1)."""
+    """Share of masked tokens in a training step: normal(1, 0.25) truncated to [low, 1], from uniform in [0, 1)."""
     d = NormalDist(1, 0.25)
     return d.inv_cdf(d.cdf(low) + uniform * (d.cdf(1.0) - d.cdf(low)))
 
 
-def hidden_counts(L, iterations):
-    """Tokens still hidden after each iteration: MAR's cosine schedule, at least one drawn each time, none left.
+def masked_counts(L, iterations):
+    """Tokens still masked after each iteration: MAR's cosine schedule, at least one drawn each time, none left.
 
     For L = 256 the cosine alone, rounded down, would draw no token in 3 of 64 iterations, or in 53 of 256. Such an
     iteration would run the network for nothing, so each iteration draws at least one token."""

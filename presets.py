@@ -80,7 +80,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more and
     twice the channels: a code stands for 4 times the pixels. train.py takes the other models' grids from the cache."""
     size = preset.image_size if size is None else size
-    possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
+    possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]  # small ones
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
     refuse([(size != nearest, f"--size {size} is not possible with this preset; take the nearest, --size {nearest}")])
     preset, deeper = replace(preset, image_size=size), size == 4 * possible[0]
@@ -123,8 +123,8 @@ TINY = Preset(
 # Everything at its smallest, for the tests: it trains in seconds on a CPU.
 SMALLEST = dict(SMALL, ch_mult=(1, 1, 1), blocks=1)
 TOY = Preset(
-    32, VQConfig(**SMALLEST | dict(z_channels=16), codebook_size=64),
-    KLConfig(**SMALLEST | dict(z_channels=8), scale=None),
+    32, VQConfig(**(SMALLEST | dict(z_channels=16)), codebook_size=64),
+    KLConfig(**(SMALLEST | dict(z_channels=8)), scale=None),
     PriorConfig(dim=64, layers=2, heads=2, vocab=64, grid=4, dropout=0.0),
     replace(TINY.generator, dim=64, depth=2, heads=2, token_dim=8, code_grid=0, head_depth=2, head_width=64,
             batch_mul=4, qformer_width=64, qformer_layers=1, qformer_heads=2),

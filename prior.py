@@ -4,9 +4,9 @@ D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; logits[:, i] predicts code i, the last none
-    .draw(B, generator)                      -> null [B]: which images of a training step lose their class
-    .loss(codes, classes, null)              -> mean cross-entropy, nats per code; ln K at the start
+    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i, the last row is unused
+    .draw(B, generator)                      -> drop [B], drawn for a training step: which images lose their class
+    .loss(codes, classes, drop)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
     .mixture(codes, classes, share, uniform) -> codes [B, L], some of them drawn by the prior: what stage 2 trains on
 
@@ -98,10 +98,10 @@ class Block(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
 
     def forward(self, x, table, cache=None):
-        drop = lambda y: F.dropout(y, self.dropout, self.training)
-        x = x + drop(self.attend(self.attention_norm(x), table, cache))
+        dropout = lambda y: F.dropout(y, self.dropout, self.training)
+        x = x + dropout(self.attend(self.attention_norm(x), table, cache))
         h = self.ffn_norm(x)
-        return x + drop(self.w2(F.silu(self.w1(h)) * self.w3(h)))
+        return x + dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)))
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -132,14 +132,14 @@ class Prior(nn.Module):
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None):
-        """What a training step draws for B images: null [B] bool, True where the class becomes the null class.
+        """What a training step draws for B images: drop [B] bool, True where the class becomes the null class.
 
         It is drawn outside of `loss`, for the whole batch of a step, so that several ranks can share one draw."""
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
-    def loss(self, codes, classes, null=None):
-        """Mean cross-entropy in nats per code. null [B] bool: images whose class becomes null; None: no class does."""
-        classes = classes if null is None else classes.masked_fill(null, self.config.classes)
+    def loss(self, codes, classes, drop=None):
+        """Mean cross-entropy in nats per code. drop [B] bool: images whose class becomes null; None: no class does."""
+        classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
         logits = self(codes, classes)[:, :-1]                                                # no code follows the last
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
@@ -152,7 +152,7 @@ class Prior(nn.Module):
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         with torch.inference_mode():
             drawn = torch.cat([pick(self(c, y)[:, :-1], u) for c, y, u in parts])
-        return drawn.clone()  # outside of inference mode: a tensor that autograd may keep
+        return drawn.clone()  # autograd accepts no tensor of inference mode; the clone is a normal one
 
     def mixture(self, codes, classes, share, uniform):
         """Keeps each true code with probability `share`, else takes the resampled one. Call eval() first.

@@ -183,7 +183,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
         if plain:
             draw_codes, draw_latents = Prior.generate, Generator.generate
         else:
-            run.null = run.null or fast.null_condition(run.generator)
+            run.null = run.null or fast.prepare_null(run.generator)
             draw_codes, draw_latents = fast.generate_codes, partial(fast.generate, null=run.null, graphs=run.graphs)
         if run.prior is not None:
             codes = draw_codes(run.prior, classes, s.prior_cfg, s.prior_temperature, s.top_k, s.top_p, generators,

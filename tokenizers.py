@@ -2,21 +2,21 @@
 
     VQ.encode   images [B, 3, h*f, h*f] in [-1, 1] -> codes [B, h*h] int64, raster order               stride f
     VQ.decode   codes [B, h*h]                     -> images [B, 3, h*f, h*f]
-    KL.encode   images                             -> moments [B, 2z, h, h]: posterior mean and log-variance
+    KL.encode   images                             -> moments [B, 2Z, h, h]: posterior mean and log-variance
     KL.sample   moments                            -> latents [B, L, C], drawn, scaled to a standard deviation of 1
     KL.decode   latents [B, L, C]                  -> images
 
-z is z_channels. Usually C = z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
-C = z*m*m and L = h*h/(m*m). With the official files f is 16: an image of 256 x 256 pixels is 256 codes and 256 latents.
+Z is z_channels. Usually C = Z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
+C = Z*m*m and L = h*h/(m*m). With the official files f is 16: an image of 256 x 256 pixels is 256 codes and 256 latents.
 
 Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). The default sizes are those of LlamaGen's
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
 The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
-stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images replaces it. KL.sample multiplies by
-config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that of stage 2's
-training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
+stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images is used instead. KL.sample
+multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
+of stage 2's training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -43,7 +43,7 @@ class VQConfig:
 class KLConfig:
     ch: int = 128
     ch_mult: tuple = (1, 1, 2, 2, 4)
-    z_channels: int = 16              # z
+    z_channels: int = 16              # Z
     encoder_attention: bool = True    # at the lowest resolution, besides the attention in the middle
     decoder_attention: bool = False   # MAR's kl16 has none here; CompVis' kl-f16 and VA-VAE have it
     scale: float | None = 0.2325      # 1 / std of the latents, here of MAR's kl16.ckpt; None: not measured yet
@@ -51,7 +51,7 @@ class KLConfig:
     unshuffle: int = 1
     linear_path: bool = False
     lapped: bool = False
-    merge: int = 1                    # m: m x m positions make one latent of m^2 z channels (MAR's patch_size)
+    merge: int = 1                    # m: m x m positions make one latent of m^2 Z channels (MAR's patch_size)
     noise: float = 0.0                # training: the most noise added to latents, in their standard deviations
 
     @property
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
+    """[B, Z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
     With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Each pixel of that picture
     mixes the latents of several tiles; where it is wrong, the convolutions can correct it."""
@@ -174,33 +174,33 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """What VQ and KL share: images to a grid with a position per stride x stride pixels, and back.
 
-    encoded, decoded: the numbers of channels that to_grid returns and that to_images takes.
+    grid_out: the channels that to_grid returns; grid_in: those that to_images takes.
 
     With `linear_path` two linear maps of tiles (stride x stride pixels), patch_in and patch_out, run in parallel to
     encoder and decoder. The last layer of each convolutional branch starts at zero, and fit_linear_path sets the maps
     to principal components of real tiles. So training starts at the quality of a PCA codec."""
 
-    def __init__(self, c, encoded, decoded, encoder_out, encoder_attention, decoder_attention):
+    def __init__(self, c, grid_out, grid_in, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
         self.config, self.stride = c, c.unshuffle * 2 ** (len(c.ch_mult) - 1)
         self.encoder = Encoder(c, encoder_out, encoder_attention)
-        self.quant_conv = nn.Conv2d(encoder_out, encoded, 1)
-        self.post_quant_conv = nn.Conv2d(decoded, c.z_channels, 1)
+        self.quant_conv = nn.Conv2d(encoder_out, grid_out, 1)
+        self.post_quant_conv = nn.Conv2d(grid_in, c.z_channels, 1)
         self.decoder = Decoder(c, decoder_attention)
         if c.linear_path:
-            self.patch_in = nn.Conv2d(3, encoded, self.stride, self.stride)
-            self.patch_out = nn.ConvTranspose2d(decoded, 3, self.stride, self.stride)
+            self.patch_in = nn.Conv2d(3, grid_out, self.stride, self.stride)
+            self.patch_out = nn.ConvTranspose2d(grid_in, 3, self.stride, self.stride)
             for layer in (self.quant_conv, self.decoder.conv_out):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
             if c.lapped:
                 self.register_buffer("border", border_filter(self.stride), persistent=False)
 
-    def to_grid(self, images):  # [B, 3, H, W] -> [B, encoded, h, w]
+    def to_grid(self, images):  # [B, 3, H, W] -> [B, grid_out, h, w]
         z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.unshuffle)))
         return z + self.patch_in(self.lap(images)) if self.config.linear_path else z
 
-    def to_images(self, z):  # [B, decoded, h, w] -> [B, 3, H, W]
+    def to_images(self, z):  # [B, grid_in, h, w] -> [B, 3, H, W]
         u, x = self.config.unshuffle, self.post_quant_conv(z)
         if not self.config.linear_path:
             return F.pixel_shuffle(self.decoder(x), u)
@@ -222,7 +222,7 @@ class Autoencoder(nn.Module):
     def fit_linear_path(self, images, generator=None):
         """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
 
-        In double precision: the last bits of LAPACK's results vary, and rounding to float32 removes them."""
+        VQ and KL have a `fit` each. In double precision: rounding to float32 removes the last bits, which may vary."""
         self.double().fit(images.double(), generator)
         self.float()
 
@@ -238,7 +238,7 @@ class Autoencoder(nn.Module):
         self.patch_in.bias[:k] = bias
 
     def set_patch_out(self, z, tiles):
-        """The map from z [N*h*h, decoded] back to the tiles, by least squares."""
+        """The map from z [N*h*h, grid_in] back to the tiles, by least squares."""
         fit = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1), tiles).solution
         self.patch_out.weight.copy_(fit[:-1].view(-1, 3, self.stride, self.stride))
         self.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))     # the layer has but one bias per colour
@@ -268,7 +268,7 @@ def border_filter(stride):
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
     # sums and differences of pixels that mirror each other across the border
     butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])
-    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)                      # of the differences only
+    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)          # of the differences: V of Tran et al.
     return (butterfly @ rotation @ butterfly / 2).float()
 
 
@@ -278,12 +278,12 @@ class VQ(Autoencoder):
     """Discrete tokenizer: the nearest of K vectors on the unit sphere, by cosine similarity. A code is its index."""
 
     def __init__(self, c: VQConfig):
-        super().__init__(c, encoded=c.codebook_dim, decoded=c.codebook_dim, encoder_out=c.z_channels,
+        super().__init__(c, grid_out=c.codebook_dim, grid_in=c.codebook_dim, encoder_out=c.z_channels,
                          encoder_attention=True, decoder_attention=True)
         self.codebook = nn.Embedding(c.codebook_size, c.codebook_dim)
         nn.init.uniform_(self.codebook.weight, -1, 1)
         self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=1)
-        self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # since the last restart
+        self.register_buffer("usage", torch.zeros(c.codebook_size), persistent=False)  # counts since the last restart
 
     def _quantize(self, images):
         """-> unit vectors [B, d, h, w], codes [B, h*h], their vectors [B, d, h, w]. In fp32: bf16 is too coarse."""
@@ -318,7 +318,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> their codes."""
+        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> their indices."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -349,26 +349,26 @@ class KL(Autoencoder):
     """Continuous tokenizer: a Gaussian posterior per position."""
 
     def __init__(self, c: KLConfig):
-        super().__init__(c, encoded=2 * c.z_channels, decoded=c.z_channels, encoder_out=2 * c.z_channels,
+        super().__init__(c, grid_out=2 * c.z_channels, grid_in=c.z_channels, encoder_out=2 * c.z_channels,
                          encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     def set_scale(self, scale):
-        """Takes the latents' measured 1 / std (`latent_scale`) into the config, which files store. No other writer."""
+        """Puts the latents' measured 1 / std (`latent_scale`) into the config, which files save. No other code does."""
         self.config = replace(self.config, scale=scale)
 
     @torch.no_grad()
     def encode(self, images):
-        """images [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, h]: mean, then log-variance, unscaled."""
+        """images [B, 3, H, W] in [-1, 1] -> moments [B, 2Z, h, h]: mean, then log-variance, unscaled."""
         return self.to_grid(images)
 
     @staticmethod
     def posterior(moments):
-        """moments [B, 2z, h, h] -> mean and log-variance, each [B, z, h, h]."""
+        """moments [B, 2Z, h, h] -> mean and log-variance, each [B, Z, h, h]."""
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def sample(self, moments, noise=None, generator=None):
-        """moments [B, 2z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
+        """moments [B, 2Z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
         noise: B*L*C numbers in any shape; zeros give the posterior's mean."""
         mean, logvar = self.posterior(moments)
@@ -386,7 +386,7 @@ class KL(Autoencoder):
 
     def draw(self, B, h, generator=None):
         """What a training step on B images with h x h positions draws: the posterior's noise and an added noise, each
-        [B, z, h, h], and the strength of the added one [B, 1, 1, 1], in [0, 1). On the model's device."""
+        [B, Z, h, h], and the strength of the added one [B, 1, 1, 1], in [0, 1). On the model's device."""
         shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
         return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
@@ -397,8 +397,8 @@ class KL(Autoencoder):
         it sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise the
         decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, has a similar noise)."""
         mean, logvar = self.posterior(self.to_grid(images))
-        posterior, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
-        z = mean + (0.5 * logvar).exp() * posterior
+        posterior_noise, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
+        z = mean + (0.5 * logvar).exp() * posterior_noise
         if self.config.noise:  # relative to z.std(): the encoder cannot escape the noise by scaling all latents
             z = z + self.config.noise * strength * z.std() * added
         reconstruction = self.to_images(z)
@@ -414,7 +414,7 @@ class KL(Autoencoder):
 
 
 def latent_scale(batches):
-    """1 / std of posterior samples, from their means and variances: an iterable of moments [n, 2z, h, h] -> float."""
+    """An iterable of moments [n, 2Z, h, h] -> 1 / std of posterior samples, computed from their means and variances."""
     n = total = squares = 0.0  # float64
     for moments in batches:
         mean, logvar = (x.double() for x in KL.posterior(moments.cpu()))

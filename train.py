@@ -174,7 +174,7 @@ class PriorStage(Stage):
 
 
 class GeneratorStage(Stage):
-    """Stage 2: the diffusion loss of hidden latents, given class and codes."""
+    """Stage 2: the diffusion loss of masked latents, given class and codes."""
 
     def __init__(self, args, preset, world):
         super().__init__(args, preset, world)
@@ -207,11 +207,11 @@ class GeneratorStage(Stage):
     def forward(self, step, rows, codes, moments, classes):
         model, (first, last) = self.trained["generator"], self.true_share
         uniform = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))  # on the host, see draw
-        draws = model.draw(self.args.batch, self.rng(step), uniform).rows(rows)
-        latents = self.frozen["kl"].sample(moments, draws.posterior)  # drawn anew at every step
+        draws = model.draw(self.args.batch, self.rng(step), uniform).part(rows)
+        latents = self.frozen["kl"].sample(moments, draws.posterior_noise)  # drawn anew at every step
         share = first + (last - first) * step / self.args.steps
         if "prior" in self.frozen and share < 1:
-            codes = self.frozen["prior"].mixture(codes, classes, share, draws.codes)
+            codes = self.frozen["prior"].mixture(codes, classes, share, draws.code_uniform)
         return fast.loss(model, latents, classes, codes, draws)
 
     def picture(self, models):

@@ -48,7 +48,7 @@ def test_cost(works):
     """MAR-B by hand: 2 FLOP per weight and row forward, twice that backward; attention 4 T^2 D forward per block."""
     L, P, D, draws = 256, 64, 768, 4
     with torch.device("meta"):
-        visible = L - measure.average_draws(Generator(PRESETS["mar-b"].generator), 1).hidden
+        visible = L - measure.average_draws(Generator(PRESETS["mar-b"].generator), 1).masked
     assert visible == 34  # the truncated normal's mean is 0.867
     rows = P + visible, P + L  # of the encoder's 12 blocks, of the decoder's
     weights = sum(12 * D**2 * n * 12 for n in rows) + 2 * D**2 * 98

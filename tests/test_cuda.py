@@ -37,7 +37,7 @@ from conftest import ROOT
 from diffloss import DiffusionHead, HeadConfig
 from faults import Watch
 from fusion import FUSIONS
-from generator import Generator, GeneratorConfig, hidden_counts
+from generator import Generator, GeneratorConfig, masked_counts
 from presets import PRESETS
 from prior import Prior, PriorConfig
 from test_diffloss import wake
@@ -121,7 +121,7 @@ def tokenizer(config):
 
 
 def prior():
-    tensors = [torch.randint(512, (B, L)), torch.arange(B), torch.arange(B) == 1]  # codes, classes, null
+    tensors = [torch.randint(512, (B, L)), torch.arange(B), torch.arange(B) == 1]  # codes, classes, drop
     return Prior(PRIOR_CONFIG), Prior.loss, tensors
 
 
@@ -143,8 +143,8 @@ def given():
 def generator(fusion, form):
     model = make_generator(fusion)
     draws = model.draw(B, uniform=0.3)
-    plain = lambda m, x, y, q, null, mask, t, noise: m.loss(x, y, q, mask, t, noise, null)
-    quick = lambda m, x, y, q, *numbers: fast.loss(m, x, y, q, type(draws)(*numbers, None, None, draws.hidden))
+    plain = lambda m, x, y, q, drop, mask, t, noise: m.loss(x, y, q, mask, t, noise, drop)
+    quick = lambda m, x, y, q, *numbers: fast.loss(m, x, y, q, type(draws)(*numbers, None, None, draws.masked))
     return model, plain if form == "plain" else quick, [*given(), *draws[:4]]
 
 
@@ -243,7 +243,7 @@ def draw(loop, model, device=DEVICE, cfg=3.0, **options):
     """Latents of four images after 8 iterations of 10 steps; every device gets the same orders and noise."""
     torch.manual_seed(1)
     _, classes, codes = given()
-    counts, orders = [L] + hidden_counts(L, 8), torch.rand(B, L).argsort(1)
+    counts, orders = [L] + masked_counts(L, 8), torch.rand(B, L).argsort(1)
     noise = [torch.randn(11, B * (a - b), C).to(device) for a, b in zip(counts, counts[1:])]
     return loop(model, classes.to(device), codes.to(device), 8, 10, cfg, orders=orders.to(device), noise=noise,
                 **options)
@@ -455,7 +455,7 @@ def test_peak_memory(check):
         torch.cuda.reset_peak_memory_stats()
         draws = model.draw(32, uniform=0.5)
         with autocast():
-            drawn = frozen.mixture(codes, classes, 0.0, draws.codes)
+            drawn = frozen.mixture(codes, classes, 0.0, draws.code_uniform)
             fast.loss(model, latents, classes, drawn, draws).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

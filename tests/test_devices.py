@@ -65,7 +65,7 @@ def test_generator_in_bf16(fusion, batch):
     """Loss, gradients and sampling, plain and fast: near fp32, and the head in fp32."""
     model, (latents, classes, codes, _) = make(fusion), batch
     draws, seen = model.draw(B, uniform=0.3), dtypes(model)
-    plain = lambda: model.loss(latents, classes, codes, draws.mask, draws.t, draws.noise, draws.null)
+    plain = lambda: model.loss(latents, classes, codes, draws.mask, draws.t, draws.noise, draws.drop)
     quick = lambda: fast.loss(model, latents, classes, codes, draws)
     draw = lambda loop: loop(model, classes, codes, 4, 3, 2.0, generator=generators(B), t_max=900)
     want, drawn = plain().item(), draw(Generator.generate)
@@ -230,10 +230,10 @@ def test_generator_on_a_fake_gpu(fusion):
         model, (latents, classes, codes) = Generator(replace(CONFIG, fusion=fusion)), conditions()
     steps = [2, 3]
     with fake_gpu():
-        draws = model.draw(2 * B, numbers(), uniform=0.4).rows(slice(B, 2 * B))
+        draws = model.draw(2 * B, numbers(), uniform=0.4).part(slice(B, 2 * B))
         fast.loss(model, latents, classes, codes, draws).backward()
         x = fast.generate(model, classes, codes, 2, steps, 3.0, generator=numbers(B), t_max=900, cfg_from=1.5,
-                          null=fast.null_condition(model), watch=lambda x: None)
+                          null=fast.prepare_null(model), watch=lambda x: None)
         assert x.shape == latents.shape and x.is_meta
         assert fast.generate(model, classes, codes, 1, 2, 1.0, "constant", 0.9, t_max=900).shape == latents.shape
 

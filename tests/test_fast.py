@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import fast
 from diffloss import tf32
 from fusion import FUSIONS
-from generator import Generator, hidden_counts
+from generator import Generator, masked_counts
 from prior import Prior, PriorConfig
 from test_diffloss import C as HEAD_C, D, N, head, on_meta  # noqa: F401 (head is a fixture)
 from test_generator import B, C, CONFIG, L, NULL, batch, generators, make, relative  # noqa: F401 (batch is a fixture)
@@ -24,12 +24,12 @@ every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 def test_generate(fusion, cfg, schedule, batch):
     model, (_, classes, codes, _) = make(fusion), batch
     orders = torch.rand(B, L).argsort(1)
-    counts = [L] + hidden_counts(L, 4)
+    counts = [L] + masked_counts(L, 4)
     noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
     how = classes, codes, 4, 5, cfg, schedule, 0.9, orders, noise
     want = model.generate(*how)
     assert relative(fast.generate(model, *how), want) < 3e-4
-    assert relative(fast.generate(model, *how, null=fast.null_condition(model)), want) < 3e-4
+    assert relative(fast.generate(model, *how, null=fast.prepare_null(model)), want) < 3e-4
 
 
 @every_fusion
@@ -55,10 +55,10 @@ def test_other_number_of_codes(fusion, batch):
 
 @every_fusion
 def test_loss(fusion, batch):
-    """Loss and gradients of Generator.loss with the same draws; the head sees hidden tokens only."""
+    """Loss and gradients of Generator.loss with the same draws; the head sees masked tokens only."""
     model, (latents, classes, codes, _) = make(fusion).train(), batch
-    draws, both = model.draw(B, uniform=0.3)._replace(null=torch.tensor([True, False, False])), []
-    plain = lambda: model.loss(latents, classes, codes, draws.mask, draws.t, draws.noise, draws.null)
+    draws, both = model.draw(B, uniform=0.3)._replace(drop=torch.tensor([True, False, False])), []
+    plain = lambda: model.loss(latents, classes, codes, draws.mask, draws.t, draws.noise, draws.drop)
     for loss in (plain, lambda: fast.loss(model, latents, classes, codes, draws)):
         model.zero_grad(set_to_none=True)
         value = loss()
@@ -74,7 +74,7 @@ def test_last_block_answers_for_some_rows(fusion, batch):
     """All rows are its keys and values all the same."""
     model, (_, classes, codes, _) = make(fusion), batch
     block, prepared = model.decoder_blocks[-1], fast.prepare(model, classes, codes)
-    x = torch.randn(B, model.fusion.slots + L, CONFIG.dim)
+    x = torch.randn(B, model.fusion.prefix_rows + L, CONFIG.dim)
     every = block(x, model.fuse(classes, codes).context)
     for a, b in ((0, L), (6, 7), (3, 11)):
         torch.testing.assert_close(fast.run_block(block, x, prepared.decoder[-1], slice(a, b)), every[:, a:b])

@@ -38,7 +38,7 @@ def everything(condition):
 def test_shapes(fusion, batch):
     model = make(fusion)
     prefix, context, mask_codes = model(*batch)
-    assert prefix.shape == (B, model.slots, D)
+    assert prefix.shape == (B, model.prefix_rows, D)
     assert all(x is None or x.shape == (B, L, D) for x in (context, mask_codes))
     with torch.device("meta"):
         model = make_fusion(config(fusion))
@@ -94,13 +94,13 @@ def test_which_fusions_read_codes():
     assert set(FUSIONS) - set(WITH_CODES) == {"none"}
 
 
-def test_class_slots(batch):
+def test_class_rows(batch):
     token = batch[1][:, None]
     for fusion in FUSIONS:
         prefix = make(fusion)(*batch).prefix
-        slots = range(2, P) if fusion == "qformer" else range(P)
-        assert all(torch.equal(prefix[:, i:i + 1], token) for i in slots)
-        others = [i for i in range(prefix.shape[1]) if i not in slots]
+        rows = range(2, P) if fusion == "qformer" else range(P)
+        assert all(torch.equal(prefix[:, i:i + 1], token) for i in rows)
+        others = [i for i in range(prefix.shape[1]) if i not in rows]
         assert not torch.isclose(prefix[:, others], token).all(-1).any()  # queries or codes
 
 
@@ -110,7 +110,7 @@ def test_where_embedded_codes_go(batch):
                           ("mask_tokens", lambda c: c.mask_codes)):
         model = make(fusion)
         assert torch.equal(place(model(*batch)), model.embed(batch[0], batch[2]))
-        assert model.slots == (P + L if fusion == "prefix" else P)
+        assert model.prefix_rows == (P + L if fusion == "prefix" else P)
 
 
 def test_qformer_reads_all_codes_into_different_queries(batch):

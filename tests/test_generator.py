@@ -7,7 +7,7 @@ import torch
 
 from diffloss import T
 from fusion import FUSIONS
-from generator import Generator, GeneratorConfig, hidden_counts, mask_ratio
+from generator import Generator, GeneratorConfig, masked_counts, mask_ratio
 from presets import PRESETS
 from prior import Prior
 from test_diffloss import on_meta, wake
@@ -27,7 +27,7 @@ def make(fusion="none", **changes):
 
 @pytest.fixture
 def batch():
-    """latents, classes, codes, and a mask that hides ten of sixteen positions, other ones in each image."""
+    """latents, classes, codes, and a mask of ten of sixteen positions, other ones in each image."""
     torch.manual_seed(1)
     mask = (torch.rand(B, L).argsort(1) < 10).float()
     return torch.randn(B, L, C), torch.tensor([0, 3, NULL]), torch.randint(20, (B, L)), mask
@@ -64,8 +64,8 @@ def test_meta_device(fusion):
         classes, codes = torch.zeros(B, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int64)
     with on_meta():
         fused = model.fuse(classes, codes)
-        assert fused.prefix.shape == (B, model.fusion.slots, CONFIG.dim)
-        encoded = torch.empty(B, model.fusion.slots + 6, CONFIG.dim)
+        assert fused.prefix.shape == (B, model.fusion.prefix_rows, CONFIG.dim)
+        encoded = torch.empty(B, model.fusion.prefix_rows + 6, CONFIG.dim)
         for block in [*model.encoder_blocks, *model.decoder_blocks]:
             assert block(encoded.to("meta"), fused.context).shape == encoded.shape
         draws = model.draw(B, uniform=0.5)
@@ -75,19 +75,19 @@ def test_meta_device(fusion):
 # ------------------------------------------------------------------------------------------------- what it may see
 
 @every_fusion
-def test_hidden_latents_do_not_leak(fusion, batch):
+def test_masked_latents_do_not_leak(fusion, batch):
     model, (latents, classes, codes, mask) = make(fusion), batch
     z = model.hidden(latents, classes, codes, mask)
-    hidden, visible = latents.clone(), latents.clone()
-    hidden[mask == 1] += 1
-    assert torch.equal(model.hidden(hidden, classes, codes, mask), z)
+    masked, visible = latents.clone(), latents.clone()
+    masked[mask == 1] += 1
+    assert torch.equal(model.hidden(masked, classes, codes, mask), z)
     visible[torch.arange(B), mask.argmin(1)] += 1
     assert ((model.hidden(visible, classes, codes, mask) - z).abs().amax(-1) > 1e-6).all()
 
 
 def encode(model, latents, classes, codes, mask):
     """The encoder's rows of the visible latents, in raster order [B, V, D]."""
-    P = model.fusion.slots
+    P = model.fusion.prefix_rows
     visible = torch.cat([torch.ones(len(mask), P), 1 - mask], dim=1).bool()
     return model.encode(latents, model.fuse(classes, codes), visible)[:, P:]
 
@@ -114,16 +114,16 @@ def test_condition(fusion, batch):
 
 
 def test_codes_enter_at_their_place(batch):
-    """prefix: in encoder and decoder. mask_tokens: in the decoder alone, and only those of hidden positions."""
+    """prefix: in encoder and decoder. mask_tokens: in the decoder alone, and only those of masked positions."""
     latents, classes, codes, mask = batch
-    seen, hidden = codes.clone(), codes.clone()
-    seen[mask == 0], hidden[mask == 1] = (codes[mask == 0] + 1) % 20, (codes[mask == 1] + 1) % 20
+    seen, masked = codes.clone(), codes.clone()
+    seen[mask == 0], masked[mask == 1] = (codes[mask == 0] + 1) % 20, (codes[mask == 1] + 1) % 20
     for fusion, encoder, decoder in (("prefix", [True, True], [True, True]),
                                      ("mask_tokens", [False, False], [False, True])):
         model = make(fusion)
         for use, want in ((encode, encoder), (Generator.hidden, decoder)):
             x = use(model, latents, classes, codes, mask)
-            assert [not torch.equal(use(model, latents, classes, c, mask), x) for c in (seen, hidden)] == want
+            assert [not torch.equal(use(model, latents, classes, c, mask), x) for c in (seen, masked)] == want
 
 
 def test_where_latents_go(batch):
@@ -146,36 +146,37 @@ def test_where_latents_go(batch):
 # ------------------------------------------------------------------------------------------------------------ loss
 
 @every_fusion
-def test_loss_is_the_mean_over_hidden_tokens(fusion, batch):
+def test_loss_is_the_mean_over_masked_tokens(fusion, batch):
     model, (latents, classes, codes, mask) = make(fusion), batch
     t, noise = torch.randint(T, (2, B, L)), torch.randn(2, B, L, C)
     z = model.hidden(latents, classes, codes, mask)
     rows = [model.head.loss(latents[mask == 1], z[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
     loss = model.loss(latents, classes, codes, mask, t, noise)
     torch.testing.assert_close(loss, torch.cat(rows).mean())
-    null = torch.tensor([True, False, False])  # loses class and codes together
-    other = model.hidden(latents, classes.masked_fill(null, NULL), codes, mask)
-    rows = [model.head.loss(latents[mask == 1], other[mask == 1], t[m][mask == 1], noise[m][mask == 1]) for m in range(2)]
-    dropped = model.loss(latents, classes, codes, mask, t, noise, null)
+    drop = torch.tensor([True, False, False])  # loses class and codes together
+    other = model.hidden(latents, classes.masked_fill(drop, NULL), codes, mask)
+    at = mask == 1
+    rows = [model.head.loss(latents[at], other[at], t[m][at], noise[m][at]) for m in range(2)]
+    dropped = model.loss(latents, classes, codes, mask, t, noise, drop)
     torch.testing.assert_close(dropped, torch.cat(rows).mean())
     assert abs(float((dropped - loss).detach())) > 1e-5
 
 
 @pytest.mark.parametrize("mask_min, fewest", [(0.7, 12), (0.4, 7)])  # ceil(0.7 * 16) = 12
 def test_draws_of_a_training_step(mask_min, fewest):
-    """70 to 100 % hidden, equally many per image and in an order per image; M draws, all timesteps; 10% null."""
+    """70 to 100 % masked, equally many per image and in an order per image; M draws, all timesteps; 10% dropped."""
     model = make(mask_min=mask_min, class_drop=0.3)
     drawn = [model.draw(B) for _ in range(50)]
-    counts = [d.hidden for d in drawn]
+    counts = [d.masked for d in drawn]
     assert min(counts) == fewest and max(counts) == 16
-    assert all(d.mask.sum(1).tolist() == [d.hidden] * B for d in drawn)
+    assert all(d.mask.sum(1).tolist() == [d.masked] * B for d in drawn)
     assert any(not torch.equal(d.mask[0], d.mask[1]) for d in drawn)
     t = torch.cat([d.t for d in drawn], dim=1)
     assert t.shape == (2, 50 * B, L) and t.min() < 20 and t.max() > T - 20 and abs(t.float().mean() - T / 2) < 25
-    assert float(torch.cat([model.draw(500).null for _ in range(4)]).float().mean()) == pytest.approx(0.3, abs=0.04)
+    assert float(torch.cat([model.draw(500).drop for _ in range(4)]).float().mean()) == pytest.approx(0.3, abs=0.04)
     d = drawn[0]
-    assert d.noise.shape == (2, B, L, C) and d.posterior.shape == (B, L, C) and d.codes.shape == (2, B, L)
-    assert all(float(x.mean()) == pytest.approx(0, abs=0.2) for x in (d.noise, d.posterior))
+    assert d.noise.shape == (2, B, L, C) and d.posterior_noise.shape == (B, L, C) and d.code_uniform.shape == (2, B, L)
+    assert all(float(x.mean()) == pytest.approx(0, abs=0.2) for x in (d.noise, d.posterior_noise))
 
 
 def test_draws_follow_seed_and_rows():
@@ -183,12 +184,13 @@ def test_draws_follow_seed_and_rows():
     model, seeded = make(), lambda: torch.Generator().manual_seed(5)
     a, b = (model.draw(6, seeded(), 0.3) for _ in range(2))
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
-    assert model.draw(6, seeded(), 0.9).hidden != a.hidden
-    some = a.rows(slice(2, 4))
-    assert torch.equal(some.null, a.null[2:4]) and torch.equal(some.mask, a.mask[2:4])
+    assert model.draw(6, seeded(), 0.9).masked != a.masked
+    some = a.part(slice(2, 4))
+    assert torch.equal(some.drop, a.drop[2:4]) and torch.equal(some.mask, a.mask[2:4])
     assert torch.equal(some.t, a.t[:, 2:4]) and torch.equal(some.noise, a.noise[:, 2:4])
-    assert torch.equal(some.posterior, a.posterior[2:4]) and torch.equal(some.codes, a.codes[:, 2:4])
-    assert some.hidden == a.hidden
+    assert torch.equal(some.posterior_noise, a.posterior_noise[2:4])
+    assert torch.equal(some.code_uniform, a.code_uniform[:, 2:4])
+    assert some.masked == a.masked
 
 
 def test_loss_draws_what_is_not_given(batch, monkeypatch):
@@ -220,7 +222,7 @@ def test_every_parameter_learns(fusion, batch):
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == (["fusion.embedding.weight"] if model.fusion.reads_codes else [])  # the prior's table is frozen
     assert model.class_embedding.weight.grad.any(dim=1).tolist() == [True, False, False, True, False]
-    prefix = [True] * model.fusion.slots  # and each position where it was seen, hidden, or both
+    prefix = [True] * model.fusion.prefix_rows  # and each position where it was seen, masked, or both
     assert model.encoder_positions.grad.any(2)[0].tolist() == prefix + (mask == 0).any(0).tolist()
     assert model.decoder_positions.grad.any(2)[0].tolist() == prefix + [True] * L
     assert model.output_positions.grad.any(2)[0].tolist() == (mask == 1).any(0).tolist()
@@ -274,8 +276,8 @@ def test_every_latent_is_drawn_once(grid, iterations, monkeypatch):
     orders = torch.stack([torch.randperm(grid**2) for _ in range(2)])
     x = model.generate(torch.tensor([0, 1]), None, n, 1, cfg=1.0, orders=orders)[..., 0]
     assert torch.equal(x.flatten().sort().values, torch.arange(2 * grid**2).float())
-    hidden, first = [grid**2] + hidden_counts(grid**2, n), 0
-    for before, after in zip(hidden, hidden[1:]):
+    masked, first = [grid**2] + masked_counts(grid**2, n), 0
+    for before, after in zip(masked, masked[1:]):
         for b in range(2):  # rows batch-major, then raster order
             places = orders[b, after:before].sort().values
             assert x[b, places].tolist() == list(range(first, first + len(places)))
@@ -285,15 +287,15 @@ def test_every_latent_is_drawn_once(grid, iterations, monkeypatch):
 
 
 @pytest.mark.parametrize("L", [16, 64, 256])
-def test_hidden_counts(L):
+def test_masked_counts(L):
     for n in (1, 2, math.isqrt(L), L // 4, L - 1, L):
-        counts = hidden_counts(L, n)
+        counts = masked_counts(L, n)
         assert len(counts) == n and counts[-1] == 0 and all(a > b for a, b in zip([L] + counts, counts))
         cosine = [math.floor(L * math.cos(math.pi / 2 * (k + 1) / n)) for k in range(n - 1)]
         assert all(m <= c for m, c in zip(counts, cosine))
         if n <= math.isqrt(L):  # so few that the cosine alone draws one or more each time
             assert counts[:-1] == cosine
-    assert hidden_counts(L, L) == list(range(L - 1, -1, -1))  # one at a time
+    assert masked_counts(L, L) == list(range(L - 1, -1, -1))  # one at a time
 
 
 def test_steps_of_each_iteration(batch):
@@ -316,7 +318,7 @@ def test_kept_latents(fusion, batch):
     """The model sees them from the first iteration on and never changes them: generate, written out once more."""
     model, (known, classes, codes, mask) = make(fusion), batch
     orders, keep = torch.rand(B, L).argsort(1), mask == 0
-    counts = [10] + hidden_counts(10, 4)
+    counts = [10] + masked_counts(10, 4)
     noise = [torch.randn(6, B * (a - b), C) for a, b in zip(counts, counts[1:])]
     latents, mask, null = known * keep[..., None], (~keep).float(), torch.full((B,), NULL)
     rank = (orders.argsort(1) + L * keep).argsort(1).argsort(1)  # in the order, kept ones last

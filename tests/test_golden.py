@@ -100,7 +100,7 @@ def generator(tmp_path):
 
 def test_generator_forward(generator):
     g, model = generator
-    visible = torch.cat([torch.ones(len(g["mask"]), model.fusion.slots), 1 - g["mask"]], dim=1).bool()
+    visible = torch.cat([torch.ones(len(g["mask"]), model.fusion.prefix_rows), 1 - g["mask"]], dim=1).bool()
     close(model.encode(g["tokens"], model.fuse(g["classes"], None), visible), g["encoder_out"], FORWARD)
     close(model.hidden(g["tokens"], g["classes"], None, g["mask"]), g["z"], FORWARD)
     close(model.hidden(g["tokens"], torch.full_like(g["classes"], 10), None, g["mask"]), g["z_null_class"], FORWARD)

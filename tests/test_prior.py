@@ -119,7 +119,7 @@ def test_dropout_only_in_training(model, batch):
 
 def test_every_parameter_learns(batch):
     model = wake(Prior(CONFIG))  # the output layer starts at zero and would pass nothing on
-    model.loss(*batch, null=torch.tensor([True, False, False])).backward()
+    model.loss(*batch, drop=torch.tensor([True, False, False])).backward()
     assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
     assert model.class_embedding.weight.grad.any(dim=1).tolist() == [False, False, False, True, True, True]
 

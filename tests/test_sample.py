@@ -68,7 +68,7 @@ def test_picture_does_not_depend_on_the_batch(run):
 def test_plain_loops_draw_the_same_pictures(run, picture, monkeypatch, start):
     start = sample.start_edit(run, *map(str, picture)) if start else None
     fast_one = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True)
-    for name in ("generate", "generate_codes", "sample_head", "null_condition"):
+    for name in ("generate", "generate_codes", "sample_head", "prepare_null"):
         monkeypatch.setattr(fast, name, None)
     plain = sample.generate(run, [3, 8], seed=2, start=start, iterations=4, frames=True, plain=True)
     assert torch.equal(plain.codes, fast_one.codes) and len(plain.frames) == len(fast_one.frames) == 4

@@ -286,13 +286,13 @@ def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
     assert drawn == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.06)  # 1,024 codes a step
 
 
-def test_share_of_hidden_tokens(toy, copy_run, works, monkeypatch):
-    """A preset's smallest share of hidden tokens: at 1 all 16 in every step, at 0.3 fewer in some."""
+def test_share_of_masked_tokens(toy, copy_run, works, monkeypatch):
+    """A preset's smallest share of masked tokens: at 1 all 16 in every step, at 0.3 fewer in some."""
     visible, preset = [], PRESETS["toy"]
 
     def loss(model, latents, classes, codes, draws):
-        assert draws.mask.sum(1).tolist() == [draws.hidden] * len(latents)
-        visible.append(16 - draws.hidden)
+        assert draws.mask.sum(1).tolist() == [draws.masked] * len(latents)
+        visible.append(16 - draws.masked)
         return model.mask_token.sum()
     monkeypatch.setattr(fast, "loss", loss)
     for low in (1.0, 0.3):

@@ -116,8 +116,8 @@ def bench_train(args, preset):
         value.backward()
         model.zero_grad(set_to_none=True)
 
-    yield in_turn(args, f"batch {B}, {c.batch_mul} draws, {draws.hidden} of {c.grid**2} hidden", B,
-                  lambda: step(lambda: model.loss(*given, draws.mask, draws.t, draws.noise, draws.null)),
+    yield in_turn(args, f"batch {B}, {c.batch_mul} draws, {draws.masked} of {c.grid**2} masked", B,
+                  lambda: step(lambda: model.loss(*given, draws.mask, draws.t, draws.noise, draws.drop)),
                   lambda: step(lambda: fast.loss(model, *given, draws)))
 
 
@@ -178,7 +178,7 @@ def training_step(config, prior_config):
         classes, codes = classes_and_codes(config, 1, "cpu")
 
         def step():
-            drawn = prior.mixture(codes, classes, 0.0, draws.codes) if model.fusion.reads_codes else codes
+            drawn = prior.mixture(codes, classes, 0.0, draws.code_uniform) if model.fusion.reads_codes else codes
             with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 loss = fast.loss(model, latents, classes, drawn, draws)
             loss.backward()
@@ -198,7 +198,7 @@ def bench_fusions(args, preset):
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             model.requires_grad_(False)
             given = classes_and_codes(model.config, 1, "cpu")
-            null = fast.null_condition(model)  # computed once per run, so not counted
+            null = fast.prepare_null(model)  # computed once per run, so not counted
             one, two = (count_flops(lambda: fast.generate(model, *given, args.iterations, steps, 3.0, null=null))
                         for steps in (1, 2))
         yield {"what": fusion, "parameters_m": total / 1e6, "trained_m": trained / 1e6,

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from measure import average_draws, classes_and_codes, count_flops, matmul_rate, peak_memory, random_weights, seconds
 import fast
 from diffloss import DiffusionHead, tf32
-from generator import Block, Generator, hidden_counts
+from generator import Block, Generator, masked_counts
 from prior import Prior
 from runtime import autocast
 from tokenizers import KL
@@ -50,8 +50,8 @@ def functions(form):
 def cost_of_a_step(cost, sample_head, model, B, iterations):
     """One step of the head in every iteration, all iterations together."""
     L, D = model.config.grid**2, model.config.dim
-    hidden = [L, *hidden_counts(L, iterations)]
-    tokens = [a - b for a, b in zip(hidden, hidden[1:])]  # of an image, drawn in each iteration
+    masked = [L, *masked_counts(L, iterations)]
+    tokens = [a - b for a, b in zip(masked, masked[1:])]  # of an image, drawn in each iteration
     step = {}
     for n in set(tokens):
         z, z_null = torch.randn(2, B * n, D, device=model.mask_token.device)
@@ -138,7 +138,7 @@ class Bench:
         def step():
             draws = average_draws(model, B)
             with autocast(self.device):
-                drawn = prior.mixture(codes, classes, 0.0, draws.codes) if prior else codes
+                drawn = prior.mixture(codes, classes, 0.0, draws.code_uniform) if prior else codes
                 loss = fast.loss(model, latents, classes, drawn, draws)
             with tf32():
                 loss.backward()

@@ -33,11 +33,11 @@ def classes_and_codes(config, B, device):
 
 
 def average_draws(model, B):
-    """The random numbers of a training step that hides the average number of tokens and drops no class."""
+    """The random numbers of a training step that masks the average number of tokens and drops no class."""
     L, low, draws = model.config.grid**2, model.config.mask_min, model.draw(B, uniform=0.5)
-    hidden = round(L * statistics.mean(mask_ratio((i + 0.5) / 100, low) for i in range(100)))
-    mask = torch.rand(B, L, device=draws.mask.device).argsort(dim=1) < hidden
-    return draws._replace(mask=mask.float(), hidden=hidden, null=torch.zeros_like(draws.null))
+    masked = round(L * statistics.mean(mask_ratio((i + 0.5) / 100, low) for i in range(100)))
+    mask = torch.rand(B, L, device=draws.mask.device).argsort(dim=1) < masked
+    return draws._replace(mask=mask.float(), masked=masked, drop=torch.zeros_like(draws.drop))
 
 
 def seconds(call, device):

@@ -42,7 +42,7 @@ GENERATORS = {
     "head-of-width-128": generator(head_width=128), "head-of-width-384": generator(head_width=384),
     "head-of-4-blocks": generator(head_depth=4),
     "4-draws-of-t": generator(batch_mul=4),
-    "50%-to-100%-hidden": generator(mask_min=0.5), "90%-to-100%-hidden": generator(mask_min=0.9),
+    "50%-to-100%-masked": generator(mask_min=0.5), "90%-to-100%-masked": generator(mask_min=0.9),
     "batch-32": replace(tiny, recipes=(*tiny.recipes[:2], batch_32))}
 narrow, coarse = dict(ch_mult=(1, 1, 2)), dict(ch_mult=(1, 2, 2, 2), z_channels=128)
 TOKENIZERS = {
