@@ -1,8 +1,10 @@
-"""tools/bench.py, compare.py, recipes.py run, at their smallest. What they measure is for quiet machines, not tests."""
+"""tools/bench.py, compare.py, curves.py, recipes.py run, at their smallest. Their figures are for quiet machines."""
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from presets import PRESETS
 shipped = dict(PRESETS)
 import bench  # noqa: E402
 import compare  # noqa: E402
+import curves  # noqa: E402
 import fast  # noqa: E402
 import gpu  # noqa: E402
 import measure  # noqa: E402
 import recipes  # noqa: E402
 from generator import Generator  # noqa: E402
+from runtime import UserError  # noqa: E402
 
 for name in PRESETS.keys() - shipped:  # compare.py and recipes.py add theirs; other tests must not see them
     del PRESETS[name]
@@ -171,7 +175,36 @@ def test_recipes(toy, held_out, tmp_path, monkeypatch, capsys):
     assert mar["true"] == mar["resampled"] == mar["shuffled"] and mar["steps"] > 0
 
 
+def test_curves(toy, held_out, tmp_path, monkeypatch, capsys):
+    """Both methods, measured twice in a training and for two numbers of iterations, as tables and as a plot."""
+    spent = []
+
+    def train(file, path, base, cache, seconds, *args):
+        spent.append(seconds)
+        shutil.copytree(base, path, dirs_exist_ok=True)
+
+    monkeypatch.setattr(curves, "train_generator", train)
+    for fusion in curves.METHODS:
+        path = str(tmp_path / f"{fusion}-0")
+        compare.once(path, lambda: curves.train_and_measure("", path, toy.run, toy.cache, *held_out, "toy", fusion, 0,
+                                                            (5, 20), (2, 4)))
+    assert spent == [5, 15] * 2  # it goes on, so 20 s in all
+    found = curves.read(tmp_path)
+    (_, values), (cpu, at_four) = curve = curves.curve(found["D2C"], "sampling", "cpu")
+    assert [f["iterations"] for f in found["MAR"][0]["sampling"]] == [2, 4] and values != at_four and cpu > 0
+    assert len(curve) == 2 and len(list((tmp_path / "none-0" / "pictures-4").glob("*/*.png"))) == 10
+    capsys.readouterr()
+    curves.print_table(found)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| MAR |" in line]
+    assert [row[1] for row in rows] == ["5", "20", "2", "4"] and float(rows[-1][-1].rstrip(" |")) == round(at_four[0])
+    drawn = ElementTree.fromstring(curves.plot(found))
+    points = [e.get("points") for e in drawn.iter() if e.tag.endswith("polyline")]
+    assert len(points) == 4 and all(len(p.split()) == 2 for p in points)
+    with pytest.raises(UserError, match="no finished training of each method"):
+        curves.read(tmp_path / "none-0")
+
+
 def test_experiments_need_their_arguments(script):
-    for name in ("compare", "recipes"):
+    for name in ("compare", "recipes", "curves"):
         result = script(name)
         assert result.code == 1 and "explains both" in result.err and "Traceback" not in result.err
