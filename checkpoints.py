@@ -13,8 +13,10 @@ MAR's kl16.ckpt, CompVis' kl-f16, VA-VAE's f16; LlamaGen's c2i_{B,L,XL,XXL}; MAR
 import argparse
 import csv
 import hashlib
+import io
 import os
 import re
+import zipfile
 from dataclasses import asdict, fields, replace
 from functools import reduce
 from itertools import count
@@ -53,9 +55,17 @@ def checksum(state: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(path: str, content: dict, kept: str | None = None):
-    """Writes a torch file with a checksum; `kept` as in `write_file`."""
-    write_file(path, lambda f: torch.save({**content, "checksum": checksum(content)}, f), kept)
+def write(path: str, content: dict, kept: str | None = None, save=None):
+    """Writes a torch file with a checksum; `kept` as in `write_file`. save: torch.save, or a function like it."""
+    write_file(path, lambda f: (save or torch.save)({**content, "checksum": checksum(content)}, f), kept)
+
+
+def save_deflated(content, file):
+    """torch.save with deflated members in its zip archive: 8% fewer bytes of fp16 weights, and torch.load reads it."""
+    torch.save(content, memory := io.BytesIO())
+    with zipfile.ZipFile(memory) as old, zipfile.ZipFile(file, "w") as new:
+        for info in old.infolist():
+            new.writestr(info, old.read(info), zipfile.ZIP_DEFLATED, 9)
 
 
 def save(path: str, kind: str, config, state: dict, **meta):
@@ -297,12 +307,11 @@ def convert_generator(path, content, state):
     """MAR itself: our generator with the fusion `none`."""
     classes, dim = state["class_embedding.weight"].shape
     L = state["output_positions"].shape[1]
-    return GeneratorConfig(
-        fusion="none", dim=dim, depth=length(state, "encoder_blocks."),
-        heads={768: 12, 1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),  # no tensor tells; these are MAR's
-        prefix=state["encoder_positions"].shape[1] - L, grid=round(L**0.5),
-        token_dim=state["latent_in.weight"].shape[1], classes=classes, head_depth=length(state, "head.net.blocks."),
-        head_width=len(state["head.net.cond.weight"])), state
+    return GeneratorConfig(fusion="none", dim=dim, depth=length(state, "encoder_blocks."),
+                           heads={768: 12, 1024: 16, 1280: 16}.get(dim, max(1, dim // 64)),  # MAR's; no tensor tells
+                           prefix=state["encoder_positions"].shape[1] - L, grid=round(L**0.5), classes=classes,
+                           token_dim=state["latent_in.weight"].shape[1], head_depth=length(state, "head.net.blocks."),
+                           head_width=len(state["head.net.cond.weight"])), state
 
 
 OFFICIAL = {  # kind: a tensor that no other kind has, the names, convert(path, content, renamed state) -> config, state
@@ -365,7 +374,7 @@ def copy_in_half_precision(source: str, target: str):
         if "tokenizers" in content:  # their weights have just been rounded
             rounded = lambda k: load(os.path.join(target, f"{k}.pt"), k)[1]
             content["tokenizers"] = {k: checksum(rounded(k)) for k in content["tokenizers"] if k in kinds}
-        write(copy, content)
+        write(copy, content, save=save_deflated)
         print(f"{copy}  {os.path.getsize(copy) / 1e6:.1f} MB")
 
 

@@ -94,11 +94,10 @@ class Draws(NamedTuple):
     code_uniform: torch.Tensor     # [2, B, codes], for Prior.mixture: keep a code or not, and which instead
     masked: int                    # masked tokens per image
 
-    def part(self, images):
-        """The numbers of the images in a slice: a rank draws for the whole batch and takes its own images."""
+    def part(self, s):
+        """The numbers of the images in the slice s: a rank draws for the whole batch and takes its own images."""
         drop, mask, t, noise, posterior, code, masked = self
-        return Draws(drop[images], mask[images], t[:, images], noise[:, images], posterior[images], code[:, images],
-                     masked)
+        return Draws(drop[s], mask[s], t[:, s], noise[:, s], posterior[s], code[:, s], masked)
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -188,8 +187,7 @@ class Generator(nn.Module):
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim),
             posterior_noise=normal(B, L, c.token_dim),
-            code_uniform=rand(2, B, c.codes),
-            masked=masked)
+            code_uniform=rand(2, B, c.codes), masked=masked)
 
     def loss(self, latents, classes, codes, mask=None, t=None, noise=None, drop=None):
         """Mean diffusion loss over masked tokens and M draws of (t, noise). D2C Eq. 2.

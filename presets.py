@@ -88,8 +88,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     return replace(preset, vq=deepen(preset.vq), kl=deepen(preset.kl)) if deeper else preset
 
 
-# MAR's and LlamaGen's batches, because D2C gives none. Sizes of D2C Table 1 and MAR Table 3: width 768 with 12+12
-# blocks, and width 1024 with 16+16 blocks. DisCon uses VA-VAE, whose scale data.py measures.
+# MAR's and LlamaGen's batches, because D2C gives none. Sizes of D2C Table 1 and MAR Table 3. DisCon uses VA-VAE.
 TOKENIZERS = Recipe(batch=128, epochs=40, lr=2e-4, weight_decay=0.05, clip=1.0)
 PRIOR = Recipe(batch=256, epochs=300, lr=1e-4, weight_decay=0.05, clip=1.0)
 MAR = Recipe(batch=2048, epochs=800, lr=1e-4, warmup=100, micro=32)
@@ -132,8 +131,7 @@ TOY = Preset(
     (Recipe(16, 20, 8e-3, ema=0.99), Recipe(16, 60, 1.6e-2, ema=0.99), Recipe(16, 120, 1.6e-2, ema=0.99)),
     Sampling(iterations=8, steps=25, cfg=1.5, t_max=950))
 
-# Parameters of the generator, and of the prior if the fusion reads codes. DisCon and MixAR train by MAR's recipe here,
-# because their own recipes are not known.
+# Parameters, of generator and prior if the fusion reads codes. DisCon's and MixAR's own recipes are not known.
 PRESETS = {
     "d2c-b":       imagenet("qformer", BASE, D2C),                                                # 362M: D2C Table 1
     "d2c-b-cross": imagenet("cross_attention", BASE, D2C),                                        # 389M

@@ -327,8 +327,7 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """For fit_linear_path. One of the d channels is a constant: without it the projection to the unit sphere would
-        discard how far a tile is from the mean tile."""
+        """One channel is a constant: without it the unit sphere would hide how far a tile is from the mean tile."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
         axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                       # a mean length of 1, as the constant

@@ -269,8 +269,7 @@ def parse_args():
             (args.hours and "-" in (args.condition or ""), "--hours cannot be combined with a --condition that moves"),
             (any(map(bad, (args.batch, args.accumulate, args.steps, args.log_every, args.save_every))),
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
-            (args.grid_every < 0, "--grid-every must be at least 0"),
-            (bad(args.lr), "--lr must be above 0")])
+            (args.grid_every < 0, "--grid-every must be at least 0"), (bad(args.lr), "--lr must be above 0")])
     args.stage = args.stage if all_stages else int(args.stage)
     args.run, args.data = args.run or os.path.join("runs", args.preset), args.data or os.path.join("data", "cache")
     return args

@@ -431,5 +431,8 @@ def test_half_precision_copy(toy, tmp_path, works):
         a, b = checkpoints.load(f"{toy.run}/{kind}.pt", kind), checkpoints.load(tmp_path / "half" / f"{kind}.pt", kind)
         assert a[0] == b[0] and same({k: v.half().float() for k, v in a[1].items()}, b[1])
         assert os.path.getsize(tmp_path / "half" / f"{kind}.pt") < 0.6 * os.path.getsize(f"{toy.run}/{kind}.pt")
+        content = checkpoints.read(tmp_path / "half" / f"{kind}.pt")  # deflated; stored by torch.save it is larger
+        torch.save(content, tmp_path / "stored.pt")
+        assert os.path.getsize(tmp_path / "half" / f"{kind}.pt") < 0.95 * os.path.getsize(tmp_path / "stored.pt")
     full, half = (sample.generate(sample.load_run(str(r)), [1, 2]) for r in (toy.run, tmp_path / "half"))
     assert torch.isfinite(half.images.float()).all() and half.images.shape == full.images.shape
