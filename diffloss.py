@@ -166,7 +166,7 @@ class DiffusionHead(nn.Module):
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
         IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. That is the mean over the steps, which one
-        random step estimates, so the weight is 1 here. No gradient of the bound reaches eps. net: or fast.head_net."""
+        random step estimates, so the weight is 1 here. No gradient of the bound reaches eps. net: see fast.loss."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t

@@ -6,7 +6,7 @@
     fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by the numbers in draws
 
 The rewrites are exact: but for rounding they compute the same numbers, because they change only the order of the work.
-(Where rounding decides between two codes, codes may differ; with dropout the results agree in distribution.) The tests
+(Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. A section
 says what is rewritten, why that is exact, and what it saves: plain time over fast, on two CPU cores (docs/speed.md)."""
 from typing import NamedTuple
@@ -319,8 +319,8 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 
 # ----------------------------------------------------------------------------------------------- the training step
-# `loss` puts visible tokens first, as in 1. above; `head_net` embeds each of the T timesteps once, and computes SiLU(y)
-# once for all blocks. Exact: the same sums. Saves a factor of 1.3 (d2c-b, batch 8).
+# `loss` puts visible tokens first, as in 1. above; `head_net` embeds no timestep more than once if t has more than T, and
+# computes SiLU(y) once for all blocks. Exact: the same sums. Saves a factor of 1.3 (d2c-b, batch 8).
 
 def head_net(net, x_t, t, z):
     """HeadNet.forward for many rows."""

@@ -222,7 +222,7 @@ class Autoencoder(nn.Module):
     def fit_linear_path(self, images, generator=None):
         """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
 
-        VQ and KL have a `fit` each. In double precision: rounding to float32 removes the last bits, which may vary."""
+        VQ and KL have a `fit` each. It computes in float64, so that float32 results hardly differ between machines."""
         self.double().fit(images.double(), generator)
         self.float()
 
