@@ -319,8 +319,8 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 
 # ----------------------------------------------------------------------------------------------- the training step
-# `loss` puts visible tokens first, as in 1. above; `head_net` embeds no timestep more than once if t has more than T, and
-# computes SiLU(y) once for all blocks. Exact: the same sums. Saves a factor of 1.3 (d2c-b, batch 8).
+# `loss` puts visible tokens first, as in 1. above; `head_net` embeds at most T timesteps, and computes SiLU(y) once
+# for all blocks. Exact: the same sums. Saves a factor of 1.3 (d2c-b, batch 8).
 
 def head_net(net, x_t, t, z):
     """HeadNet.forward for many rows."""
