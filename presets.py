@@ -77,8 +77,8 @@ def true_share(condition: str) -> tuple:
 def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
-    At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more and
-    twice the channels: a code stands for 4 times the pixels. train.py takes the other models' grids from the cache."""
+    At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
+    twice the z_channels: a code stands for 4 times the pixels. train.py takes the other grids from the cache."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]  # small ones
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
@@ -117,7 +117,7 @@ TINY = Preset(
     (Recipe(32, 10, 8e-3, warmup=0.5, decay=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),
      Recipe(32, 200, 4.8e-3, warmup=1.0, decay=0.3, balanced=True, ema=0.999)),
-    Sampling(iterations=8, steps=25, cfg=3.0, temperature=0.9, prior_cfg=4.0, t_max=950))
+    Sampling(iterations=8, steps=25, cfg=3.0, prior_cfg=4.0, t_max=950))
 
 # Everything at its smallest, for the tests: it trains in seconds on a CPU.
 SMALLEST = dict(SMALL, ch_mult=(1, 1, 1), blocks=1)
@@ -141,6 +141,6 @@ PRESETS = {
     "mixar-b":     imagenet("mask_tokens", BASE, MAR, condition="mixed:0.5"),                     # 332M
     "mar-b":       imagenet("none", BASE, MAR, sampling=Sampling(iterations=256, cfg=2.9)),       # 208M: MAR Table 3
     "mar-l":       imagenet("none", LARGE, MAR, sampling=Sampling(iterations=256, cfg=3.0)),      # 478M
-    "tiny":        TINY,           # cross_attention; weights/tiny: 64x64 pixels, 8x8 codes, 4x4 tokens
-    "toy":         TOY,            # cross_attention; the tests: 32x32 pixels, 4x4 codes and tokens
+    "tiny":        TINY,           # cross_attention; weights/tiny: 64x64 pixels, 8x8 codes, 4x4 latents
+    "toy":         TOY,            # cross_attention; the tests: 32x32 pixels, 4x4 codes and latents
 }

@@ -1,6 +1,6 @@
 """Where the code runs: device, ranks, random numbers, files, and the one kind of error that a user sees.
 
-Every program calls `setup()` first. Under plain `python` the program is rank 0 of 1. Under torchrun the same code joins
+A program that trains or samples calls `setup()` first. Under plain `python` it is rank 0 of 1. Under torchrun it joins
 a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2)."""
 import glob
 import hashlib
@@ -124,7 +124,7 @@ def gather(value):
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
-    All random numbers of training and sampling come from such keys, so a run resumes without any generator state."""
+    What training and sampling draw comes from such keys, so a run resumes without any generator state."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     return torch.Generator(device).manual_seed(seed)
 

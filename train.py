@@ -397,7 +397,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows.start).initial_seed())
             with passes(loss_of, last=k == args.accumulate - 1), autocast(device):
                 loss = loss_of(step, rows, *batch) / args.accumulate
-            with tf32():  # also in the head's fp32 layers: sampling amplifies values, not gradients
+            with tf32():  # in every layer: gradients bear it; the head's fp32 is for the forward pass
                 loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
@@ -471,7 +471,7 @@ def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) 
 def train_all(args, world):
     """--stage all: tokenizers, cache, prior, generator and a picture of every class. Run again, it continues."""
     inside, preset = lambda name: os.path.join(args.run, name), sized(PRESETS[args.preset], args.size)
-    if args.fresh and not args.dry_run and world.rank == 0 and os.path.isdir(args.run) and not is_restart():
+    if args.fresh and not args.dry_run and world.rank == 0 and not is_restart() and os.path.isdir(args.run):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
     args.fresh, plan = False, read_json(inside("plan.json"))

@@ -48,7 +48,8 @@ def train_and_measure(file, path, base, cache, images, classes, preset, fusion, 
         train_generator(file, path, base, cache, now - before, preset, "--fusion", fusion, "--seed", seed)
         training.append({"seconds": now, **measure(path, images, classes, usual)})
         before = now
-    return {"training": training, "sampling": [measure(path, images, classes, n) for n in iterations]}
+    sampling = [training[-1] if n == usual else measure(path, images, classes, n) for n in iterations]
+    return {"training": training, "sampling": sampling}
 
 
 def read(out):
