@@ -116,7 +116,7 @@ TINY = Preset(
     "ground_truth",
     (Recipe(32, 10, 8e-3, warmup=0.5, decay=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
      Recipe(64, 40, 4e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),
-     Recipe(32, 200, 4.8e-3, warmup=1.0, decay=0.3, balanced=True, ema=0.999)),
+     Recipe(32, 100, 4.8e-3, warmup=1.0, decay=0.3, balanced=True, ema=0.999)),
     Sampling(iterations=8, steps=25, cfg=3.0, prior_cfg=4.0, t_max=950))
 
 # Everything at its smallest, for the tests: it trains in seconds on a CPU.
