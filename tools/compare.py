@@ -155,6 +155,12 @@ def tokenise(base, images, classes, sampling):
     return codes, prior.resample(codes, classes, torch.rand(codes.shape, generator=g)), latents, classes
 
 
+def save_pictures(images, classes, run, folder):
+    """Images [N, 3, H, W] -> FOLDER/<class id>/<index>.png."""
+    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.Samples(images, None, None).pil())):
+        sample.save_picture(picture, f"{folder}/{run.classes[k][0]}/{i:06}.png")
+
+
 @torch.inference_mode()
 def measure_generator(path, tokens, images):
     """The run PATH on what `tokenise` returned -> its figures. Samples go to PATH/pictures."""
@@ -172,8 +178,7 @@ def measure_generator(path, tokens, images):
         pictures.append(sample.generate(run, classes[part], indices=part.tolist()).images)
         cpu += time.process_time() - start
     pictures = torch.cat(pictures)
-    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.Samples(pictures, None, None).pil())):
-        sample.save_picture(picture, f"{path}/pictures/{run.classes[k][0]}/{i:06}.png")
+    save_pictures(pictures, classes, run, f"{path}/pictures")
     return {**dict(zip(LOSSES, losses / len(images))), "cpu": cpu / len(images), "frechet": frechet(pictures, images),
             "steps": run.generator.about["step"]}
 

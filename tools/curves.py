@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import PRESETS, frechet, held_out, once, sample, train_for, train_generator
+from compare import PRESETS, frechet, held_out, once, sample, save_pictures, train_for, train_generator
 from faults import run_script
 from report import ticks
 from runtime import UserError, write_file
@@ -35,8 +35,7 @@ def measure(path, images, classes, iterations):
     for part in torch.arange(len(images)).split(110):
         pictures.append(sample.generate(run, classes[part], indices=part.tolist(), iterations=iterations).images)
     cpu, pictures = (time.process_time() - start) / len(images), torch.cat(pictures)
-    for i, (k, picture) in enumerate(zip(classes.tolist(), sample.Samples(pictures, None, None).pil())):
-        sample.save_picture(picture, f"{path}/pictures-{iterations}/{run.classes[k][0]}/{i:06}.png")
+    save_pictures(pictures, classes, run, f"{path}/pictures-{iterations}")
     return {"steps": run.generator.about["step"], "iterations": iterations, "cpu": cpu,
             "frechet": frechet(pictures, images)}
 
