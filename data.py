@@ -35,7 +35,7 @@ from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26  # per image: 64 million
-FORMAT = 3   # of a cache
+FORMAT = 4   # of a cache
 CHUNK = 64   # images that go through the tokenizers together
 PARTS = 512  # files of a cache at most; training keeps all of them open
 AGAIN = "remove it and run the same data.py command again"
@@ -141,8 +141,8 @@ def find_images(root: str):
 
 def entry_type(h: dict) -> np.dtype:
     """One view of one image, in a cache with header h."""
-    g, z = h["grid"], h["channels"]
-    return np.dtype([("codes", np.uint16, (g * g,)),          # of the VQ tokenizer, in raster order
+    n, g, z = h["grid"] ** 2, h["latent_grid"], h["channels"]
+    return np.dtype([("codes", np.uint16, (n,)),              # of the VQ tokenizer, in raster order
                      ("moments", np.float16, (2 * z, g, g)),  # of the KL tokenizer: mean and log-variance
                      ("label", np.int32),                     # the class; -1 where the image could not be read
                      ("sum", np.uint32)])                     # CRC-32 of the bytes above; every read checks it
@@ -311,14 +311,13 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     """Makes the cache `out` of an image folder with RUN/vq.pt and RUN/kl.pt, or continues it. All ranks call this."""
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     size = size if size is not None else kl.about.get("image_size", 256)
-    codes = vq.config.codebook_size
-    refuse([(codes > 2**16, f"{run}/vq.pt has {codes} codes; a cache holds at most 65,536"),
-            (size < 1 or size % (kl.stride * kl.config.merge) or vq.stride != kl.stride,
-             f"{size} pixels, strides {vq.stride}, {kl.stride} and merge {kl.config.merge} do not make one grid")])
+    refuse([(vq.config.codebook_size > 2**16, f"{run}/vq.pt has more than the 65,536 codes that a cache can hold"),
+            (size < 1 or size % (kl.stride * kl.config.merge) or size % vq.stride,
+             f"{size} pixels must be a multiple of {vq.stride} (a code) and {kl.stride * kl.config.merge} (a latent)")])
     paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
-         "seed": seed, "size": size, "grid": size // kl.stride, "channels": kl.config.z_channels,
-         "codebook": codes, "classes": classes, "files": text_hash(paths),
+         "seed": seed, "size": size, "files": text_hash(paths), "classes": classes, "latent_grid": size // kl.stride,
+         "channels": kl.config.z_channels, "grid": size // vq.stride, "codebook": vq.config.codebook_size,
          "counts": np.bincount(labels, minlength=len(classes)).tolist(),  # images per class
          "vq": checkpoints.checksum(vq.state_dict()), "kl": checkpoints.checksum(kl.state_dict())}
     print0(f"{images}: {len(paths):,} images, {len(classes)} classes -> {out}: {size} pixels, {views} views, "

@@ -191,8 +191,9 @@ class GeneratorStage(Stage):
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
             args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
-        config = replace(preset.generator, fusion=fusion, grid=self.grid // kl.config.merge, code_grid=self.grid,
-                         classes=len(self.classes), vocab=self.codes, code_dim=code_dim, token_dim=kl.config.token_dim)
+        config = replace(preset.generator, fusion=fusion, token_dim=kl.config.token_dim, classes=len(self.classes),
+                         grid=self.data.header["latent_grid"] // kl.config.merge,
+                         code_grid=self.grid, vocab=self.codes, code_dim=code_dim)
         try:
             model = generator.Generator(config)
         except ValueError as error:

@@ -454,7 +454,7 @@ def kill_often(tmp_path, monkeypatch):
 def test_fifty_kills_of_training(toy, copy_run, works, kill_often):
     """No checkpoint is ever unreadable, no step is lost, and the last weights have the bits of an undisturbed run."""
     run = copy_run(*STAGE_2)
-    train = lambda run: command(toy, 2, run, 400, "--save-every", 3, "--log-every", 100)
+    train = lambda run: command(toy, 2, run, 700, "--save-every", 3, "--log-every", 100)
     kills, said = kill_often(50, 2.5, *train(run))
     assert kills == 50 and "damaged" not in said and not litter(run)
     killed = train_state(run)

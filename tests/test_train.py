@@ -430,6 +430,20 @@ def test_all_stages_in_another_size_without_a_prior(ten, works, script, tmp_path
     assert result.code == 1 and "trained with other settings (size)" in result.err
 
 
+def test_codes_and_latents_have_grids_of_their_own(ten, works, monkeypatch, tmp_path):
+    """A code for 4 x 4 pixels and a latent for 16 x 16, from the images to the picture of every class."""
+    toy, run = PRESETS["toy"], str(tmp_path / "run")
+    preset = replace(toy, vq=replace(toy.vq, ch_mult=(1, 1)), kl=replace(toy.kl, merge=2))
+    monkeypatch.setitem(PRESETS, "toy", preset)
+    works(*all_stages(ten, run, "--hours", 1e-6, "--log-every", 1))
+    header, config = data.read_header(f"{run}/cache"), checkpoints.load_model(f"{run}/generator.pt", "generator").config
+    assert (header["grid"], header["latent_grid"]) == (8, 4)
+    assert (config.grid, config.token_dim, config.codes) == (2, 4 * toy.kl.z_channels, 64)
+    codes, moments, _ = data.Cache(f"{run}/cache").batch(range(3))
+    assert codes.shape == (3, 64) and moments.shape == (3, 2 * toy.kl.z_channels, 4, 4)
+    assert checkpoints.load_model(f"{run}/prior.pt", "prior").config.grid == 8 and os.path.exists(f"{run}/samples.png")
+
+
 def test_sizes_of_presets(script, ten, tmp_path):
     tiny = PRESETS["tiny"]
     assert sized(tiny, None) == sized(tiny, 64) == tiny and sized(PRESETS["d2c-b"], 256) == PRESETS["d2c-b"]
