@@ -451,7 +451,7 @@ def kill_often(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fifty_kills_of_training(toy, copy_run, works, kill_often):
+def test_fifty_kills_of_training(toy, copy_run, kill_often):
     """No checkpoint is ever unreadable, no step is lost, and the last weights have the bits of an undisturbed run."""
     run = copy_run(*STAGE_2)
     train = lambda run: command(toy, 2, run, 700, "--save-every", 3, "--log-every", 100)
@@ -459,7 +459,7 @@ def test_fifty_kills_of_training(toy, copy_run, works, kill_often):
     assert kills == 50 and "damaged" not in said and not litter(run)
     killed = train_state(run)
     shutil.rmtree(run)
-    works(*train(copy_run(*STAGE_2)))
+    kill_often(0, 0, *train(copy_run(*STAGE_2)))  # a child too, because another number of threads may give other bits
     assert_same(killed, train_state(run))
 
 
