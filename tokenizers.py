@@ -7,7 +7,7 @@
     KL.decode   latents [B, L, C]                  -> images
 
 Z is z_channels. Usually C = Z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
-C = Z*m*m and L = h*h/(m*m). With the official files f is 16: an image of 256 x 256 pixels is 256 codes and 256 latents.
+C = Z*m*m and L = h*h/(m*m). VQ and KL may differ in f. Official: f = 16, 256 x 256 pixels, 256 codes, 256 latents.
 
 Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). The default sizes are those of LlamaGen's
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over

@@ -191,8 +191,8 @@ class GeneratorStage(Stage):
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
             args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
-        config = replace(preset.generator, fusion=fusion, token_dim=kl.config.token_dim, classes=len(self.classes),
-                         grid=self.data.header["latent_grid"] // kl.config.merge,
+        config = replace(preset.generator, fusion=fusion, classes=len(self.classes),
+                         grid=self.data.header["latent_grid"] // kl.config.merge, token_dim=kl.config.token_dim,
                          code_grid=self.grid, vocab=self.codes, code_dim=code_dim)
         try:
             model = generator.Generator(config)
