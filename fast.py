@@ -290,8 +290,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     """Generator.generate: same arguments, same latents, in eval mode. null: prepare_null(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
-    # Iteration k sees order[:, :bounds[k]] and draws order[:, bounds[k]:bounds[k+1]]. Within an iteration positions
-    # stand in raster order, because the rows of noise do.
+    # Iteration k sees order[:, :bounds[k]]; it draws order[:, bounds[k]:bounds[k+1]], in raster order as the noise is.
     bounds = [plan.kept] + [L - m for m in plan.masked]
     first_to_last = plan.orders.flip(1)
     parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]
@@ -319,9 +318,9 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 
 # ----------------------------------------------------------------------------------------------- the training step
-# `loss` puts visible tokens first, as in 1. above. It asks the head about one draw after the other: smaller tensors
-# reuse memory, where large ones take new pages from the system each time. `head_net` embeds at most T timesteps, and
-# computes SiLU(y) once for all blocks. Exact: the same sums. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# `loss` puts visible tokens first, as in 1. above, and asks the head about one draw after the other: small tensors
+# reuse memory, large ones would take new pages. `head_net` embeds at most T timesteps, and computes SiLU(y) once for
+# all blocks. Exact: the same sums. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
 def head_net(net, x_t, t, z):
     """HeadNet.forward for many rows."""

@@ -265,8 +265,7 @@ def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
     Statistics have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
-    ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. A file of --save has the four
-    arrays, and `about`: what they were made from and with.
+    ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. --save writes all, and `about`.
 
     -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None."""
     path, metrics = args.reference, args.metrics

@@ -8,9 +8,9 @@ is_null says which images have lost their class, for classifier-free guidance. A
 
     prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
     context     [B, L, D] or None  what the cross-attention of every block reads
-    mask_codes  [B, L, D] or None  what the decoder adds to the mask token of each position
+    mask_codes  [B, T, D] or None  what the decoder adds to the mask tokens of the T positions
 
-In this file L is the number of codes; the generator may have another number of tokens. There are five fusions.
+In this file L is the number of codes, T that of the generator's tokens; they may differ. There are five fusions.
 n is GeneratorConfig.prefix, MAR's 64 rows: all hold the same class token, and learned positions tell them apart.
 
     none             prefix: n class tokens                                                    MAR     P = n
@@ -19,7 +19,7 @@ n is GeneratorConfig.prefix, MAR's 64 rows: all hold the same class token, and l
     cross_attention  prefix: n class tokens; context: the embedded codes                       D2C     P = n
     prefix           prefix: n class tokens, then the L embedded codes, so that self-attention
                      runs over codes and tokens together                                       DisCon  P = n + L
-    mask_tokens      prefix: n class tokens; mask_codes: the embedded codes, one per token     MixAR   P = n
+    mask_tokens      prefix: n class tokens; mask_codes: the embedded codes of each place      MixAR   P = n
 
 All but `none` embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's
 code table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
@@ -32,9 +32,7 @@ To add a sixth fusion:
     3. If every block needs an extra layer, return it from make_cross_attention. The block computes
        x + layer(x, context) between self-attention and MLP. For fast.py it must be a CrossAttention.
     4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
-If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes.
-
-generator.py calls a fusion in each forward pass. For sampling fast.py calls it once, before the first iteration."""
+If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes."""
 from typing import NamedTuple
 
 import torch
@@ -220,16 +218,19 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token. MixAR replaces the token; adding is as expressive, since
-    the bias of `project` can cancel the token. The encoder sees no mask tokens, so no codes."""
+    """Adds the embedded code to the shared mask token. MixAR replaces the token; the bias of `project` can cancel it.
+    Of k x k codes per token each fills its own D/k^2 channels (ours). The encoder sees no mask tokens, so no codes."""
 
     def __init__(self, c):
         super().__init__(c)
-        if c.codes != c.grid**2:
-            raise ValueError("mask_tokens needs one code per token; choose another fusion or equal grids")
+        self.side, self.k = round(c.codes**0.5), round(c.codes**0.5) // c.grid
+        if self.side != self.k * c.grid or c.dim % self.k**2:
+            raise ValueError("mask_tokens needs k x k codes per token and D divisible by k^2; choose another fusion")
+        self.project = nn.Linear(c.code_dim, c.dim // self.k**2)
 
     def forward(self, codes, class_token, is_null):
-        return Fused(self.repeat(class_token), mask_codes=self.embed(codes, is_null))
+        h = self.embed(codes, is_null).mT.unflatten(2, (self.side, self.side))      # [B, D/k^2, side, side]
+        return Fused(self.repeat(class_token), mask_codes=F.pixel_unshuffle(h, self.k).flatten(2).mT)
 
 
 FUSIONS = {"none": NoFusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion,

@@ -154,15 +154,21 @@ def test_cross_attention():
 
 @pytest.mark.parametrize("fusion", WITH_CODES)
 def test_other_numbers_of_codes(fusion, batch):
-    """Codes may have a grid of their own; only mask_tokens needs a code for each token."""
-    c = config(fusion, code_grid=6)
-    if fusion == "mask_tokens":
-        with pytest.raises(ValueError, match="one code per token"):
-            make_fusion(c)
+    """Codes may have a grid of their own. mask_tokens adds to each token the codes of its place, and no others."""
+    side = round(L**0.5)
+    model, codes = wake(make_fusion(config(fusion, code_grid=2 * side))), torch.randint(K, (B, 4 * L))
+    fused = model(codes, *batch[1:])
+    assert fused.prefix.shape[1] == (P + 4 * L if fusion == "prefix" else P)
+    assert fused.context is None or fused.context.shape == (B, 4 * L, D)
+    if fusion != "mask_tokens":
         return
-    fused = wake(make_fusion(c))(torch.randint(K, (B, 36)), *batch[1:])
-    assert fused.prefix.shape[1] == (P + 36 if fusion == "prefix" else P)
-    assert fused.context is None or fused.context.shape == (B, 36, D)
+    for row, column in ((0, 1), (2 * side - 1, 2), (3, 2 * side - 1)):
+        other = codes.clone()
+        other[0, row * 2 * side + column] = (codes[0, row * 2 * side + column] + 1) % K
+        changed = (model(other, *batch[1:]).mask_codes - fused.mask_codes).abs().sum(-1).nonzero().tolist()
+        assert changed == [[0, row // 2 * side + column // 2]]
+    with pytest.raises(ValueError, match="k x k codes per token"):
+        make_fusion(config(fusion, code_grid=2 * side + 1))
 
 
 def test_refusals(batch):
