@@ -20,30 +20,33 @@ from prior import choose, rotate, uniform_numbers
 
 
 # ------------------------------------------------------------------------------------------- products of few rows
-# A step of the prior has one row per image, a step of the head one row per token; with guidance, two. For 3 to about
-# 48 rows the CPU's library (MKL) first copies a large W into another layout, which takes longer than the product. Two
-# forms avoid the copy. (W x^T)^T is the better one above 8 rows. Up to 8 rows a batch of 32 products is better, one
-# with each of 32 parts of W. Exact: the same products are summed. Saves a factor of 1.2 to 2, on one kind of CPU.
+# A step of the prior has one row per image, a step of the head one row per token; with guidance, two. Reading W then
+# takes longer than the arithmetic, and MKL, which computes layer(x) on the CPU, reads a large W slowly. oneDNN (mkldnn)
+# reads a copy of W in a layout of its own, made once per call of the functions below. torch.compile does so too with
+# frozen weights. Exact: the same products are summed. Saves a factor of 1.5 to 3, on one kind of CPU.
 
-def linear(layer, x):
-    """layer(x) of a torch.nn.Linear."""
-    W, rows = layer.weight, x.shape[:-1].numel()
-    if not (x.is_cpu and 3 <= rows <= 48 and W.numel() >= 2**19 and len(W) % 32 == 0):
-        return layer(x)
-    flat = x.reshape(rows, -1)
-    if rows > 8:
-        y = (W @ flat.T).T.contiguous()
-    else:
-        y = flat @ W.view(32, -1, W.shape[1]).mT                                     # [32, rows, out/32]
-        y = y.transpose(0, 1).reshape(rows, -1)
-    y = y if layer.bias is None else y.add_(layer.bias)
-    return y.view(*x.shape[:-1], -1)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class FewRows:
+    """linear = FewRows(); linear(layer, x) = layer(x) of a torch.nn.Linear, whose weights must not change meanwhile."""
+
+    def __init__(self):
+        self.copies = {}
+
+    def __call__(self, layer, x):
+        W, rows = layer.weight, x.shape[:-1].numel()
+        if not (ONEDNN and x.is_cpu and 2 <= rows <= 64 and W.numel() >= 2**19):
+            return layer(x)
+        if layer not in self.copies:
+            self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)
+        return torch.ops.mkldnn._linear_pointwise(x, self.copies[layer], layer.bias, "none", [], "")
 
 
 # ------------------------------------------------------------------------------------------------------- the prior
 # The plain cache grows by torch.cat: step i copies the keys and values of all i positions. Here the memory for all
 # positions is taken once, each step writes its own row, and attention reads the rows filled so far. Exact: the keys
-# and values are the same. Together with `linear` it saves a factor of 1.6 (batch 4, guided).
+# and values are the same. Together with `FewRows` it saves a factor of 2.7 (batch 4, guided).
 
 @torch.no_grad()
 def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, given=None,
@@ -54,7 +57,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
     if guided:
         classes = torch.cat([classes, torch.full_like(classes, c.classes)])
     x, codes = prior.class_embedding(classes), torch.empty(B, L, dtype=torch.long, device=device)    # x [B or 2B, D]
-    caches = [None] * c.layers
+    caches, linear = [None] * c.layers, FewRows()
     for i in range(L):
         for n, block in enumerate(prior.blocks):
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)
@@ -82,7 +85,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # SiLU(time + z). SiLU is not linear, so each (step, token) needs its own. But none depends on x, so one product
 # computes the projections of several steps and reads the weights once for all of them. TF32 is allowed where
-# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 2.9 (N = 4, guided, 100 steps).
+# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 3.3 (N = 4, guided, 100 steps).
 
 ROWS = 1024  # about so many rows has one such product; a row takes (3 * depth + 2) * width floats of memory
 
@@ -98,7 +101,7 @@ def modulations(net, y):
     return out
 
 
-def body(net, x, mods, j):
+def body(net, x, mods, j, linear):
     """The rest of HeadNet.forward, with step j of mods = modulations(...). addcmul(a, b, c) is a + b * c."""
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
@@ -113,8 +116,8 @@ def body(net, x, mods, j):
 
 @torch.no_grad()
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
-                graphs=None):
-    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA."""
+                graphs=None, linear=None):
+    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA. linear: a FewRows."""
     N, C, s, guided = len(z), head.config.token_dim, Schedule(spaced_timesteps(steps, t_max)), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
@@ -123,13 +126,14 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
         # [S, width]; head.timesteps are on the device already, so the host need not wait for a copy
         times = head.net.embed_time(torch.stack([head.timesteps[t] for t in s.timesteps]))
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
-        loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg)
+        linear = linear or FewRows()
+        loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg, linear)
         if graphs is None:
             return loop(z, times, noise, cfg)
         return graphs((id(head), N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
 
 
-def reverse(head, s: Schedule, temperature, z, times, noise, cfg):
+def reverse(head, s: Schedule, temperature, z, times, noise, cfg, linear):
     """The reverse steps. z [N, D], or [2N, D] with the null branch after it; times [S, width]; noise [S+1, N, C]."""
     net, N, C, S = head.net, noise.shape[1], noise.shape[2], len(times)
     projected = net.cond(z)                                                          # [N or 2N, width]
@@ -139,7 +143,7 @@ def reverse(head, s: Schedule, temperature, z, times, noise, cfg):
         if k % count == 0:  # the modulations of the steps i, i - 1, ..., first
             first = max(0, i + 1 - count)
             mods = modulations(net, times[first:i + 1, None] + projected)            # each [steps, N or 2N, width]
-        out = body(net, x.repeat(len(z) // N, 1), mods, i - first)
+        out = body(net, x.repeat(len(z) // N, 1), mods, i - first, linear)
         eps, v = out[:N].chunk(2, dim=-1)
         if len(z) > N:
             null = out[N:, :C]
@@ -299,7 +303,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
     images = prepare(model, classes, codes)
     both = with_null(images, null or prepare_null(model)) if any(g != 1 for g in plan.cfg) else None
-    x = torch.zeros(B, L, C, device=classes.device)                                  # in the order of generation
+    x, linear = torch.zeros(B, L, C, device=classes.device), FewRows()               # x is in the order of generation
     if start is not None:
         x[:, :plan.kept] = rows_at(start[0], order[:, :plan.kept])
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
@@ -310,7 +314,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
             z, z_null = hidden(model, x[:, :a], order, a, b, images).flatten(0, 1), None
         noise_k = plan.draw_noise(k, C) if noise is None else noise[k]
         drawn = sample_head(model.head, z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, t_max=t_max,
-                            graphs=graphs)
+                            graphs=graphs, linear=linear)
         x[:, a:b] = drawn.view(B, b - a, C)
         if watch:
             watch(rows_at(x, raster))

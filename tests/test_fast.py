@@ -183,12 +183,16 @@ def test_generate_codes(cfg):
 
 @pytest.mark.parametrize("bias", (False, True))
 def test_products_of_few_rows(bias):
-    """Each order of work gives what the layer gives."""
+    """The copied weights give what the layer gives; new weights need a new FewRows; a small layer is not copied."""
     torch.manual_seed(0)
-    layer = nn.Linear(1024, 512, bias=bias)
+    layer, small, linear = nn.Linear(1024, 512, bias=bias), nn.Linear(16, 8, bias=bias), fast.FewRows()
     with torch.no_grad():
-        for shape in ((2,), (3,), (8, 1), (9,), (4, 6), (48, 1), (49,)):
+        for shape in ((1,), (2,), (3,), (8, 1), (9,), (4, 6), (48, 1), (64,), (65,)):
             x = torch.randn(*shape, 1024)
-            y = fast.linear(layer, x)
+            y = linear(layer, x)
             torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
-            assert y.is_contiguous()
+            assert y.is_contiguous() and y.shape == (*shape, 512)
+            assert torch.equal(linear(small, x[..., :16]), small(x[..., :16]))
+        assert list(linear.copies) == [layer] * fast.ONEDNN
+        layer.weight.mul_(2)
+        torch.testing.assert_close(fast.FewRows()(layer, x[:4]), layer(x[:4]), rtol=1e-5, atol=1e-5)
