@@ -3,12 +3,12 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by the numbers in draws
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), with the draws' numbers
 
-The rewrites are exact: but for rounding they compute the same numbers, because they change only the order of the work.
+The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. A section
-says what is rewritten, why that is exact, and what it saves: plain time over fast, on two CPU cores (docs/speed.md)."""
+says what is rewritten, why that is exact, and what it saves: plain time / our time on two CPU cores (docs/speed.md)."""
 from typing import NamedTuple
 
 import torch
@@ -20,16 +20,16 @@ from prior import choose, rotate, uniform_numbers
 
 
 # ------------------------------------------------------------------------------------------- products of few rows
-# A step of the prior has one row per image, a step of the head one row per token; with guidance, two. Reading W then
-# takes longer than the arithmetic, and MKL, which computes layer(x) on the CPU, reads a large W slowly. oneDNN (mkldnn)
-# reads a copy of W in a layout of its own, made once per call of the functions below. torch.compile does so too with
-# frozen weights. Exact: the same products are summed. Saves a factor of 1.5 to 3, on one kind of CPU.
+# A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
+# of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
+# slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes, generate or
+# sample_head makes the copies. Exact: the same products are summed. Saves a factor of 1.5 to 3, for 2 to 64 rows.
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) = layer(x) of a torch.nn.Linear, whose weights must not change meanwhile."""
+    """linear = FewRows(); linear(layer, x) is layer(x), in fp32 and without gradients, while no weights change."""
 
     def __init__(self):
         self.copies = {}
@@ -39,19 +39,19 @@ class FewRows:
         if not (ONEDNN and x.is_cpu and 2 <= rows <= 64 and W.numel() >= 2**19):
             return layer(x)
         if layer not in self.copies:
-            self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)
-        return torch.ops.mkldnn._linear_pointwise(x, self.copies[layer], layer.bias, "none", [], "")
+            self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)    # serves other numbers of rows too
+        return torch.ops.mkldnn._linear_pointwise(x, self.copies[layer], layer.bias, "none", [], "")  # no activation
 
 
 # ------------------------------------------------------------------------------------------------------- the prior
 # The plain cache grows by torch.cat: step i copies the keys and values of all i positions. Here the memory for all
-# positions is taken once, each step writes its own row, and attention reads the rows filled so far. Exact: the keys
+# positions is allocated once, each step writes its own row, and attention reads the rows filled so far. Exact: the keys
 # and values are the same. Together with `FewRows` it saves a factor of 2.7 (batch 4, guided).
 
 @torch.no_grad()
 def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, given=None,
                    watch=None):
-    """Prior.generate: same arguments, same codes (where rounding does not decide between two codes)."""
+    """Prior.generate in eval mode: same arguments, same codes (where rounding does not decide between two codes)."""
     c, B, L, device = prior.config, len(classes), prior.config.grid**2, classes.device
     uniform, guided = uniform_numbers(B, L, generator, device), cfg != 1
     if guided:
@@ -82,12 +82,12 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 
 # --------------------------------------------------------------------------------------- the diffusion head's loop
 # The plain loop computes net(x, t, z) at every step, but most of its arithmetic does not depend on x. All timesteps are
-# embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
-# SiLU(time + z). SiLU is not linear, so each (step, token) needs its own. But none depends on x, so one product
-# computes the projections of several steps and reads the weights once for all of them. TF32 is allowed where
-# HeadNet.forward allows it. Exact: the same sums, earlier. Saves a factor of 3.3 (N = 4, guided, 100 steps).
+# embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of SiLU(y),
+# y = embedded time + projected z. SiLU is not linear, so each pair of step and token needs projections of its own. But
+# none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed where
+# HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.3 (N = 4, guided).
 
-ROWS = 1024  # about so many rows has one such product; a row takes (3 * depth + 2) * width floats of memory
+ROWS = 1024  # of one such product, or those of one step if more; a row takes (3 * depth + 2) * width floats
 
 
 def modulations(net, y):
@@ -106,7 +106,7 @@ def body(net, x, mods, j, linear):
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
-            for block, (shift, scale, gate) in zip(net.blocks, mods):  # the last of mods is for the output
+            for block, (shift, scale, gate) in zip(net.blocks, mods):  # scale is 1 + scale; the last is for the output
                 h = torch.addcmul(shift[j], block.norm(x), scale[j])
                 h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
                 x = torch.addcmul(x, gate[j], h)
@@ -123,18 +123,17 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False), tf32(False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        # [S, width]; head.timesteps are on the device already, so the host need not wait for a copy
+        # [S, width]; head.timesteps[t] is t, but on the device already, so the host need not wait for a copy
         times = head.net.embed_time(torch.stack([head.timesteps[t] for t in s.timesteps]))
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
-        linear = linear or FewRows()
-        loop = lambda z, times, noise, cfg: reverse(head, s, temperature, z, times, noise, cfg, linear)
+        loop = lambda *inputs: reverse(head, s, temperature, linear or FewRows(), *inputs)
         if graphs is None:
             return loop(z, times, noise, cfg)
         return graphs((id(head), N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
 
 
-def reverse(head, s: Schedule, temperature, z, times, noise, cfg, linear):
-    """The reverse steps. z [N, D], or [2N, D] with the null branch after it; times [S, width]; noise [S+1, N, C]."""
+def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
+    """The reverse steps. z [N, D], or [2N, D]: N rows, then N null rows; times [S, width]; noise [S+1, N, C]."""
     net, N, C, S = head.net, noise.shape[1], noise.shape[2], len(times)
     projected = net.cond(z)                                                          # [N or 2N, width]
     count = max(1, ROWS // len(z))                                                   # steps per adaLN product
@@ -142,7 +141,7 @@ def reverse(head, s: Schedule, temperature, z, times, noise, cfg, linear):
     for k, i in enumerate(reversed(range(S))):
         if k % count == 0:  # the modulations of the steps i, i - 1, ..., first
             first = max(0, i + 1 - count)
-            mods = modulations(net, times[first:i + 1, None] + projected)            # each [steps, N or 2N, width]
+            mods = modulations(net, times[first:i + 1, None] + projected)            # each [i+1-first, N or 2N, width]
         out = body(net, x.repeat(len(z) // N, 1), mods, i - first, linear)
         eps, v = out[:N].chunk(2, dim=-1)
         if len(z) > N:
@@ -203,7 +202,7 @@ class Graphs:
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
-# Exact: each row is computed from the same rows. Saves a factor of 1.7 with the head's loop (MAR-B, 64 x 100, batch 1).
+# Exact: each row is computed from the same rows. With the loop above it saves a factor of 1.7 (MAR-B, 64 iterations).
 
 class Prepared(NamedTuple):
     """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
@@ -228,7 +227,7 @@ def prepare_null(model) -> Prepared:
 
 
 def with_null(images: Prepared, null: Prepared) -> Prepared:
-    """B images, then the null image, repeated B times."""
+    """B images, followed by B copies of the null image."""
     join = lambda a, b, dim: None if a is None else torch.cat([a, b.expand(*a.shape)], dim)
     blocks = lambda a, b: [join(x, y, 1) for x, y in zip(a, b)]
     return Prepared(join(images.prefix, null.prefix, 0), join(images.mask_codes, null.mask_codes, 0),
@@ -260,7 +259,7 @@ def decoder_rows(model, encoded, mask_codes, order):
 def run_block(block, x, keys_values=None, rows=slice(None)):
     """generator.Block.forward in eval mode, for some rows: x [B, R, D] -> those that the slice `rows` selects."""
     B, R, D = x.shape
-    q, k, v = block.qkv(block.norm1(x)).view(B, R, 3, block.heads, -1).permute(2, 0, 3, 1, 4)       # [B, H, R, D/H]
+    q, k, v = block.qkv(block.norm1(x)).view(B, R, 3, block.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, R, D/H]
     y = F.scaled_dot_product_attention(q[:, :, rows], k, v)
     x = x[:, rows] + block.proj(y.transpose(1, 2).flatten(2))
     if block.cross is not None:
@@ -322,9 +321,10 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 
 # ----------------------------------------------------------------------------------------------- the training step
-# `loss` puts visible tokens first, as in 1. above, and asks the head about one draw after the other: small tensors
-# reuse memory, large ones would take new pages. `head_net` embeds at most T timesteps, and computes SiLU(y) once for
-# all blocks. Exact: the same sums. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
+# other: small tensors reuse memory, large ones take it from the system anew each time. For more than T rows `head_net`
+# embeds all T timesteps once and looks them up; SiLU(y) is computed once for all blocks. Exact: the same sums, since
+# draws of equally many rows have equal shares in the mean. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
 def head_net(net, x_t, t, z):
     """HeadNet.forward for many rows."""

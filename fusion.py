@@ -4,35 +4,35 @@ The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), Mix
 
     make_fusion(config)(codes [B, L] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
 
-is_null says which images have lost their class, for classifier-free guidance. A Fused has three fields:
+is_null: which images have lost their class, for guidance. The fusion nulls their codes too. A Fused has three fields:
 
     prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
     context     [B, L, D] or None  what the cross-attention of every block reads
     mask_codes  [B, T, D] or None  what the decoder adds to the mask tokens of the T positions
 
-In this file L is the number of codes, T that of the generator's tokens; they may differ. There are five fusions.
-n is GeneratorConfig.prefix, MAR's 64 rows: all hold the same class token, and learned positions tell them apart.
+Only in this file L is the number of codes; generator.py calls its tokens L, here T. There are five fusions.
+n is GeneratorConfig.prefix, 64 in MAR, where each row holds the class token, and learned positions tell rows apart.
 
     none             prefix: n class tokens                                                    MAR     P = n
-    qformer          prefix: Q outputs of the Q-Former, which reads all codes,
-                     then n - Q class tokens                                                   D2C     P = n
+    qformer          prefix: Q outputs of the Q-Former, which reads all codes (Q is
+                     GeneratorConfig.queries), then n - Q class tokens                         D2C     P = n
     cross_attention  prefix: n class tokens; context: the embedded codes                       D2C     P = n
     prefix           prefix: n class tokens, then the L embedded codes, so that self-attention
                      runs over codes and tokens together                                       DisCon  P = n + L
-    mask_tokens      prefix: n class tokens; mask_codes: the embedded codes of each place      MixAR   P = n
+    mask_tokens      prefix: n class tokens; mask_codes: the embedded codes of each position   MixAR   P = n
 
-All but `none` embed codes in the same way: h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's
-code table, rescaled. This is D2C Eq. 4 plus a learned position, without which attention would see an unordered set.
+All but `none` embed codes as h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's code table,
+rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attention and Q-Former would see a set.
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive a class from CodeFusion. self.prefix_rows, which is P, and self.class_rows, how many of them hold the
-       class token, start as n. In __init__ change the first if P is not n, the second if it is less than n.
-    2. In forward compute h_q = self.embed(codes, is_null) [B, L, D] and return a Fused made from it.
-    3. If every block needs an extra layer, return it from make_cross_attention. The block computes
-       x + layer(x, context) between self-attention and MLP. For fast.py it must be a CrossAttention.
-    4. Add the class to FUSIONS. Its name is then a value of --fusion, and the tests of all fusions include it.
-If the fusion uses only the three fields of a Fused, neither generator.py nor fast.py changes."""
+    1. Derive a class from CodeFusion. self.prefix_rows (P) and self.class_rows, how many of them hold the class token,
+       start as n. Change in __init__ what differs.
+    2. In forward compute h_q = self.embed(codes, is_null) [B, L, D]; return a Fused of it and self.repeat(class_token).
+    3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
+       x + layer(x, context) between self-attention and MLP. fast.py needs a CrossAttention there.
+    4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
+Neither generator.py nor fast.py changes, if the codes of null images have no influence: `embed` sees to it."""
 from typing import NamedTuple
 
 import torch
@@ -49,9 +49,9 @@ class Fused(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- attention
 
 class Attention(nn.Module):
-    """Multi-head attention: queries from x [B, T, D], keys and values from y [B, U, D]. No attention mask.
+    """Multi-head attention: queries from x [B, R, D], keys and values from y [B, U, D], H heads. No attention mask.
 
-    keys_values and attend are apart, because fast.py computes keys and values of the codes once per image."""
+    keys_values and attend are separate, because fast.py computes keys and values of the codes once per image."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -64,10 +64,10 @@ class Attention(nn.Module):
         return self.kv(y).view(B, U, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
 
     def attend(self, x, keys_values):
-        B, T, D = x.shape
-        q = self.q(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)       # [B, H, T, D/H]
-        y = F.scaled_dot_product_attention(q, *keys_values)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        B, R, D = x.shape
+        q = self.q(x).view(B, R, self.heads, D // self.heads).transpose(1, 2)       # [B, H, R, D/H]
+        out = F.scaled_dot_product_attention(q, *keys_values)
+        return self.proj(out.transpose(1, 2).reshape(B, R, D))
 
     def forward(self, x, y):
         return self.attend(x, self.keys_values(y))
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
     """Attention(LayerNorm(x), h_q), between self-attention and MLP; the block adds the residual. D2C Eq. 5.
 
     The text of the paper does not say which blocks have it. Its Table 1 lists 389M parameters for prior plus generator,
-    and only cross-attention in all 24 blocks gives that number (388.7M). eps is 1e-6 as in the generator."""
+    and only cross-attention in all 24 blocks gives that (388.7M without our positions). eps is MAR's 1e-6."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -110,7 +110,7 @@ class MapperLayer(nn.Module):
 class QFormer(nn.Module):
     """h_q [B, L, D] -> [B, Q, D]: an encoder-decoder Transformer whose decoder starts from Q learned queries.
 
-    D2C Eq. 6, built as GILL's mapper (2305.17216): LayerNorm eps 1e-5, PyTorch's default, and queries from N(0, 1).
+    D2C Eq. 6, built like GILL's mapper (2305.17216): LayerNorm eps 1e-5, PyTorch's default, and queries from N(0, 1).
     encoder=False leaves out the encoder's layers; D2C's Table 3 compares both."""
 
     def __init__(self, dim, queries, width, layers, heads, encoder=True):
@@ -173,12 +173,12 @@ class CodeFusion(Fusion):
     def copy_table(self, table):
         """Copies the prior's code table [K, code_dim], divided by its standard deviation.
 
-        The entries of that table are a few hundredths, and positions start from N(0, 1). Without the division codes
+        The entries of that table are of size 0.02 or so, and positions start from N(0, 1). Without the division, codes
         would vanish beside positions, and the generator would need thousands of steps before it tells codes apart."""
         self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
-        """codes [B, L], is_null [B] -> h_q [B, L, D]. D2C Eq. 4, plus a position."""
+        """codes [B, L], is_null [B] -> h_q [B, L, D], or as wide as `project` makes it. D2C Eq. 4, plus a position."""
         if codes is None:
             raise ValueError("this generator's fusion needs codes; codes=None is for fusion 'none'")
         e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))  # [B, L, code_dim]
@@ -207,7 +207,7 @@ class CrossAttentionFusion(CodeFusion):
 
 
 class PrefixFusion(CodeFusion):
-    """Each code gets two position vectors: from `embed`, and from the generator, which adds one to each prefix row."""
+    """A code has a position from `embed` and, as a prefix row, those of the generator's encoder and decoder too."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -218,8 +218,8 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the shared mask token. MixAR replaces the token; the bias of `project` can cancel it.
-    Of k x k codes per token each fills its own D/k^2 channels (ours). The encoder sees no mask tokens, so no codes."""
+    """Adds the embedded code to the mask token, which is learned; MixAR replaces it. The encoder sees no mask tokens,
+    and so no codes. If a token has k x k codes, each fills D/k^2 of its channels; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)
