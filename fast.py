@@ -22,8 +22,8 @@ from prior import choose, rotate, uniform_numbers
 # ------------------------------------------------------------------------------------------- products of few rows
 # A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
 # of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
-# slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes, generate or
-# sample_head makes the copies. Exact: the same products are summed. Saves a factor of 1.5 to 3, for 2 to 64 rows.
+# slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes or generate makes the
+# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3, for 2 to 64 rows.
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -60,11 +60,11 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
     caches, linear = [None] * c.layers, FewRows()
     for i in range(L):
         for n, block in enumerate(prior.blocks):
-            qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)
-            qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # queries and keys in one call
+            qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B, 3, H, 1, D/H]
+            qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
                 caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])
-            keys, values = caches[n]
+            keys, values = caches[n]                                                 # each [B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
             x = x + linear(block.wo, y.flatten(1))
@@ -87,7 +87,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed where
 # HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.3 (N = 4, guided).
 
-ROWS = 1024  # of one such product, or those of one step if more; a row takes (3 * depth + 2) * width floats
+ROWS = 1024  # at most, of one such product, but those of a step; a row's results: (3 * depth + 2) * width floats
 
 
 def modulations(net, y):
@@ -106,7 +106,7 @@ def body(net, x, mods, j, linear):
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
-            for block, (shift, scale, gate) in zip(net.blocks, mods):  # scale is 1 + scale; the last is for the output
+            for block, (shift, scale, gate) in zip(net.blocks, mods):  # scale is 1 + scale; zip omits mods[-1]
                 h = torch.addcmul(shift[j], block.norm(x), scale[j])
                 h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
                 x = torch.addcmul(x, gate[j], h)
@@ -123,7 +123,7 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
     with torch.autocast(z.device.type, enabled=False), tf32(False):
         z = (torch.cat([z, z_null]) if guided else z).float()                        # [N or 2N, D]
-        # [S, width]; head.timesteps[t] is t, but on the device already, so the host need not wait for a copy
+        # [S, width], S = steps; head.timesteps[t] is t, but on the device already: the host need not wait for a copy
         times = head.net.embed_time(torch.stack([head.timesteps[t] for t in s.timesteps]))
         cfg = torch.full((), float(cfg), device=z.device)  # a tensor: one graph serves every guidance
         loop = lambda *inputs: reverse(head, s, temperature, linear or FewRows(), *inputs)
@@ -194,7 +194,7 @@ class Graphs:
 
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
-#    order. Here visible tokens stand first, then the tokens of this iteration, then the others. Every selection is
+#    order. Here they stand in that of generation: visible tokens, those of this iteration, the others. Each group is
 #    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
 #    each cross-attention computes from it, are computed once per image. For the null class they are the same for all

@@ -4,13 +4,13 @@ The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), Mix
 
     make_fusion(config)(codes [B, L] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
 
-is_null: which images have lost their class, for guidance. The fusion nulls their codes too. A Fused has three fields:
+is_null: images without class, for guidance. class_token is the null one there; the fusion nulls their codes. A Fused:
 
     prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
     context     [B, L, D] or None  what the cross-attention of every block reads
     mask_codes  [B, T, D] or None  what the decoder adds to the mask tokens of the T positions
 
-Only in this file L is the number of codes; generator.py calls its tokens L, here T. There are five fusions.
+L is the number of codes, as in prior.py; T that of the tokens, which generator.py calls L. There are five fusions.
 n is GeneratorConfig.prefix, 64 in MAR, where each row holds the class token, and learned positions tell rows apart.
 
     none             prefix: n class tokens                                                    MAR     P = n
@@ -26,13 +26,12 @@ rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attenti
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive a class from CodeFusion. self.prefix_rows (P) and self.class_rows, how many of them hold the class token,
-       start as n. Change in __init__ what differs.
+    1. Derive from CodeFusion. Set in __init__ self.prefix_rows (P) and self.class_rows (of class tokens) if not n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L, D]; return a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
-       x + layer(x, context) between self-attention and MLP. fast.py needs a CrossAttention there.
+       x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
     4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
-Neither generator.py nor fast.py changes, if the codes of null images have no influence: `embed` sees to it."""
+New sizes go to GeneratorConfig. fast.py needs no change, as codes of null images have no influence (see `embed`)."""
 from typing import NamedTuple
 
 import torch
@@ -219,7 +218,7 @@ class PrefixFusion(CodeFusion):
 
 class MaskTokenFusion(CodeFusion):
     """Adds the embedded code to the mask token, which is learned; MixAR replaces it. The encoder sees no mask tokens,
-    and so no codes. If a token has k x k codes, each fills D/k^2 of its channels; this is our extension."""
+    and so no codes. Of a token's k x k codes, each fills every k^2-th channel of it; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -230,7 +229,8 @@ class MaskTokenFusion(CodeFusion):
 
     def forward(self, codes, class_token, is_null):
         h = self.embed(codes, is_null).mT.unflatten(2, (self.side, self.side))      # [B, D/k^2, side, side]
-        return Fused(self.repeat(class_token), mask_codes=F.pixel_unshuffle(h, self.k).flatten(2).mT)
+        h = F.pixel_unshuffle(h, self.k)                                            # [B, D, grid, grid]
+        return Fused(self.repeat(class_token), mask_codes=h.flatten(2).mT)          # [B, T, D]
 
 
 FUSIONS = {"none": NoFusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion,

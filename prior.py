@@ -68,7 +68,7 @@ def rope_table(grid, head_dim, base=10000.0):
 
 def rotate(x, table):
     """Rotates channel pairs (2i, 2i+1) of x [..., T, head_dim] by the angles of table [T, head_dim/2, 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # [B, H, T, head_dim/2]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # each [..., T, head_dim/2]
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
