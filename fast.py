@@ -3,12 +3,12 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), with the draws' numbers
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by the numbers in draws
 
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. A section
-says what is rewritten, why that is exact, and what it saves: plain time / our time on two CPU cores (docs/speed.md)."""
+says what is rewritten, why that is exact, and what it saves: plain time over fast, on two CPU cores (docs/speed.md)."""
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from prior import choose, rotate, uniform_numbers
 # A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
 # of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
 # slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes or generate makes the
-# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3, for 2 to 64 rows.
+# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3, for up to 64 rows.
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -36,7 +36,7 @@ class FewRows:
 
     def __call__(self, layer, x):
         W, rows = layer.weight, x.shape[:-1].numel()
-        if not (ONEDNN and x.is_cpu and 2 <= rows <= 64 and W.numel() >= 2**19):
+        if not (ONEDNN and x.is_cpu and rows <= 64 and W.numel() >= 2**19):
             return layer(x)
         if layer not in self.copies:
             self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)    # serves other numbers of rows too
@@ -85,9 +85,9 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of SiLU(y),
 # y = embedded time + projected z. SiLU is not linear, so each pair of step and token needs projections of its own. But
 # none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed where
-# HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.3 (N = 4, guided).
+# HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
 
-ROWS = 1024  # at most, of one such product, but those of a step; a row's results: (3 * depth + 2) * width floats
+ROWS = 1024  # of such a product, at most, or one step's if they are more; a row gives (3 * depth + 2) * width numbers
 
 
 def modulations(net, y):

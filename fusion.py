@@ -4,14 +4,14 @@ The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), Mix
 
     make_fusion(config)(codes [B, L] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
 
-is_null: images without class, for guidance. class_token is the null one there; the fusion nulls their codes. A Fused:
+is_null marks images that lost their class: class_token is null already, the fusion nulls their codes. A Fused holds:
 
     prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
     context     [B, L, D] or None  what the cross-attention of every block reads
     mask_codes  [B, T, D] or None  what the decoder adds to the mask tokens of the T positions
 
-L is the number of codes, as in prior.py; T that of the tokens, which generator.py calls L. There are five fusions.
-n is GeneratorConfig.prefix, 64 in MAR, where each row holds the class token, and learned positions tell rows apart.
+L is the number of codes, as in prior.py; T that of the tokens, which generator.py calls L. n is GeneratorConfig.prefix,
+64 in MAR, where each row holds the class token, and learned positions tell rows apart. There are five fusions.
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes (Q is
@@ -26,7 +26,7 @@ rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attenti
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive from CodeFusion. Set in __init__ self.prefix_rows (P) and self.class_rows (of class tokens) if not n.
+    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (its class tokens), unless n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L, D]; return a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
@@ -218,7 +218,7 @@ class PrefixFusion(CodeFusion):
 
 class MaskTokenFusion(CodeFusion):
     """Adds the embedded code to the mask token, which is learned; MixAR replaces it. The encoder sees no mask tokens,
-    and so no codes. Of a token's k x k codes, each fills every k^2-th channel of it; this is our extension."""
+    and so no codes. If a token has k x k codes, each gets D/k^2 of its channels; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)

@@ -76,6 +76,12 @@ def test_flops_include_attention():
     assert measure.count_flops(attend) == 2 * (2 * 2 * 4 * 16 * 16 * 8)
 
 
+@torch.no_grad()
+def test_flops_include_few_rows():
+    layer, x, before = torch.nn.Linear(1024, 512), torch.randn(8, 1024), fast.ONEDNN
+    assert measure.count_flops(lambda: fast.FewRows()(layer, x)) == 2 * 8 * 1024 * 512 and fast.ONEDNN == before
+
+
 def test_gpu(works, tmp_path, monkeypatch):
     """The GPU's run at toy size on this CPU: every figure is there, and saved as soon as it is known."""
     saved = []

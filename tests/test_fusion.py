@@ -155,20 +155,21 @@ def test_cross_attention():
 @pytest.mark.parametrize("fusion", WITH_CODES)
 def test_other_numbers_of_codes(fusion, batch):
     """Codes may have a grid of their own. mask_tokens adds to each token the codes of its place, and no others."""
-    side = round(L**0.5)
-    model, codes = wake(make_fusion(config(fusion, code_grid=2 * side))), torch.randint(K, (B, 4 * L))
+    side = 8 if fusion == "mask_tokens" else 6  # of the codes; the tokens are 4 x 4
+    model, codes = wake(make_fusion(config(fusion, code_grid=side))), torch.randint(K, (B, side**2))
     fused = model(codes, *batch[1:])
-    assert fused.prefix.shape[1] == (P + 4 * L if fusion == "prefix" else P)
-    assert fused.context is None or fused.context.shape == (B, 4 * L, D)
+    assert fused.prefix.shape[1] == (P + side**2 if fusion == "prefix" else P)
+    assert fused.context is None or fused.context.shape == (B, side**2, D)
     if fusion != "mask_tokens":
         return
-    for row, column in ((0, 1), (2 * side - 1, 2), (3, 2 * side - 1)):
+    for row, column in ((0, 1), (7, 2), (3, 7)):
         other = codes.clone()
-        other[0, row * 2 * side + column] = (codes[0, row * 2 * side + column] + 1) % K
+        other[0, row * side + column] = (codes[0, row * side + column] + 1) % K
         changed = (model(other, *batch[1:]).mask_codes - fused.mask_codes).abs().sum(-1).nonzero().tolist()
-        assert changed == [[0, row // 2 * side + column // 2]]
-    with pytest.raises(ValueError, match="k x k codes per token"):
-        make_fusion(config(fusion, code_grid=2 * side + 1))
+        assert changed == [[0, row // 2 * 4 + column // 2]]
+    for refused in (6, 2, 12):  # no whole number of codes per token; fewer codes than tokens; 9 does not divide D = 32
+        with pytest.raises(ValueError, match="k x k codes per token"):
+            make_fusion(config(fusion, code_grid=refused))
 
 
 def test_refusals(batch):
