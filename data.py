@@ -63,13 +63,13 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
     return ImageOps.mirror(crop) if random.random() < 0.5 else crop
 
 
-def open_image(path: str, size: int | None = None, upright=False) -> Image.Image | None:
+def open_image(path: str, size: int | None = None, upright=True) -> Image.Image | None:
     """The picture in RGB, its transparent parts on white. None if the file is no readable image or is too large.
 
-    size: of the crop that the caller will make. upright: obey the camera's EXIF note, which ADM's loader ignores."""
+    size: of the crop that the caller will make. upright: obey the camera's EXIF note. fid.py does not, as ADM."""
     try:
         with Image.open(path) as image:
-            enlarged = max(1, size / min(image.size)) if size else 1  # the crop enlarges a narrow strip before it cuts
+            enlarged = max(1, size / min(image.size)) if size else 1  # by the crop, which sees all of a strip
             if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             image = ImageOps.exif_transpose(image) if upright else image
@@ -83,7 +83,7 @@ def open_image(path: str, size: int | None = None, upright=False) -> Image.Image
         return None
 
 
-def read_image(path: str, size: int | None, upright=False) -> np.ndarray | None:
+def read_image(path: str, size: int | None, upright=True) -> np.ndarray | None:
     """-> uint8 [3, size, size], the centre crop; the whole picture if size is None. None as in `open_image`."""
     image = open_image(path, size, upright)
     return image and np.asarray(center_crop(image, size) if size else image).transpose(2, 0, 1).copy()
@@ -103,7 +103,7 @@ def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None
 
 
 def refuse_many(bad: list, paths: list, then=""):
-    """Raises if more than 1% of the images cannot be read. `then` ends the sentence. Fewer images are skipped."""
+    """Raises if more than 1% of the images cannot be read. `then` ends the sentence. Callers skip fewer than that."""
     refuse([(len(bad) > 0.01 * len(paths), f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. "
              f"{''.join(bad[:1])}; repair or remove them{then}")])
 
@@ -202,7 +202,7 @@ class Order:
     """Sample number, counted from the start of training -> (image, view).
 
     Every epoch is a new permutation of the images; each shows one view, drawn at random. With `labels`, one per image,
-    an epoch about as long shows every class equally often: small classes repeat images, large ones leave some out."""
+    an epoch has about as many images, equally many per class: small classes repeat, large ones leave out."""
 
     def __init__(self, images: np.ndarray, seed: int, views: int = 2, labels: np.ndarray | None = None):
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]

@@ -14,13 +14,13 @@ improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timestep
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
 
-Precision. The first reverse step multiplies an error of eps by 316 at 100 steps (Schedule: x_from_eps * mean_x0),
+Precision. When sample takes 100 steps, the first one multiplies an error of eps by 316 (x_from_eps * mean_x0, below),
 because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
-the standard deviation of the latents, and later steps correct only most of it. So autocast is off in loss and sample.
-In the forward pass all but the blocks runs in fp32. `input` needs it because a sum of only C products averages no
-errors away, `output` because the factor 316 comes next; both are cheap. The blocks may round the inputs of their
-products to TF32 (0.05%): errors of the hundreds of summed products largely cancel. On a small trained head (100 steps,
-rounding imitated on a CPU, RMS of change over RMS of samples): 0.5% by TF32 in the blocks, 15% by bf16 everywhere."""
+the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in loss and sample.
+HeadNet.forward keeps all but the blocks in fp32. `input` needs it because a sum of only C products averages no errors
+away, `output` because the factor 316 comes next; they and the embeddings are cheap. The blocks may round the inputs of
+their products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained head (100
+steps, rounding imitated on a CPU, RMS of change over RMS of samples): TF32 in the blocks 0.5%, bf16 everywhere 15%."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def cosine(u):
 
 
 def spaced_timesteps(steps, t_max=T - 1):
-    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. One step keeps timestep 0, as in MAR's code."""
+    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. steps=1 keeps timestep 0, as in MAR's code."""
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
     stride = t_max / max(steps - 1, 1)
@@ -78,7 +78,7 @@ class Schedule:
         self.mean_x0 = [b * math.sqrt(p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
         self.mean_xt = [math.sqrt(1 - b) * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
         variance = [b * (1 - p) / (1 - a) for b, a, p in zip(self.beta, self.abar, previous)]
-        # At t = 0 the posterior variance is 0, which has no logarithm: IDDPM takes that of the next timestep.
+        # At t = 0 the posterior variance is 0, which has no logarithm: IDDPM takes the next one's, if there is one.
         variance[0] = variance[1] if len(variance) > 1 else self.beta[0]
         # bounds of the learned log-variance, IDDPM Eq. 15
         self.min_logvar = [math.log(v) for v in variance]
@@ -165,8 +165,8 @@ class DiffusionHead(nn.Module):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
-        IDDPM weights the variational bound, a sum over 1000 steps, by 0.001. That is the mean over the steps, which one
-        random step estimates, so the weight is 1 here. No gradient of the bound reaches eps. net: see fast.loss."""
+        The bound is a sum over 1000 steps, which IDDPM weights by 0.001. The product is the mean over the steps; the
+        term of one random t estimates it without any weight. It trains only v. net: a faster self.net (fast.py)."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t
@@ -189,11 +189,11 @@ class DiffusionHead(nn.Module):
     def sample(self, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1):
         """z [N, D] -> x [N, C] by `steps` reverse steps (DDPM Algorithm 2 on IDDPM's respaced timesteps).
 
-        cfg != 1 needs z_null [N, D]: eps = null + cfg * (cond - null), and the variance of the conditional branch.
+        cfg != 1 needs z_null [N, D]: eps = null + cfg * (cond - null); the conditional branch's v is taken.
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
         is never used, because no noise is added at t = 0; it is there because the official code draws it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
-        t_max: it skips the noisiest steps, which amplify the errors of a head that was trained briefly."""
+        t_max, from noise[0] too: it skips the noisiest steps, which amplify the errors of a briefly trained head."""
         N, C = len(z), self.config.token_dim
         s = Schedule(spaced_timesteps(steps, t_max))
         guided = cfg != 1

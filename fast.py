@@ -87,7 +87,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed where
 # HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
 
-ROWS = 1024  # of such a product, at most, or one step's if they are more; a row gives (3 * depth + 2) * width numbers
+ROWS = 1024  # rows of such a product; one step's rows if they are more. A row gives (3 * depth + 2) * width numbers.
 
 
 def modulations(net, y):
@@ -139,7 +139,7 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
     count = max(1, ROWS // len(z))                                                   # steps per adaLN product
     x = noise[0]
     for k, i in enumerate(reversed(range(S))):
-        if k % count == 0:  # the modulations of the steps i, i - 1, ..., first
+        if k % count == 0:  # the modulations of `count` steps ahead: i, i - 1, ..., first
             first = max(0, i + 1 - count)
             mods = modulations(net, times[first:i + 1, None] + projected)            # each [i+1-first, N or 2N, width]
         out = body(net, x.repeat(len(z) // N, 1), mods, i - first, linear)
@@ -293,9 +293,9 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     """Generator.generate: same arguments, same latents, in eval mode. null: prepare_null(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
-    # Iteration k sees order[:, :bounds[k]]; it draws order[:, bounds[k]:bounds[k+1]], in raster order as the noise is.
+    # Iteration k sees order[:, :bounds[k]]; it draws order[:, bounds[k]:bounds[k+1]], sorted, as the noise is.
     bounds = [plan.kept] + [L - m for m in plan.masked]
-    first_to_last = plan.orders.flip(1)
+    first_to_last = plan.orders.flip(1)  # plan.orders lists what is drawn first at its end
     parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]
     order = torch.cat(parts, dim=1)                                                  # [B, L]
     raster = order.argsort(1)                                                        # the inverse permutation
@@ -308,7 +308,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
         if plan.cfg[k] != 1:
             z = hidden(model, x[:, :a].repeat(2, 1, 1), order.repeat(2, 1), a, b, both)                 # [2B, n, D]
-            z, z_null = z.flatten(0, 1).chunk(2)                                     # each [B*n, D]
+            z, z_null = z.flatten(0, 1).chunk(2)                                     # each [N, D]
         else:
             z, z_null = hidden(model, x[:, :a], order, a, b, images).flatten(0, 1), None
         noise_k = plan.draw_noise(k, C) if noise is None else noise[k]
@@ -323,8 +323,8 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
 # other: small tensors reuse memory, large ones take it from the system anew each time. For more than T rows `head_net`
-# embeds all T timesteps once and looks them up; SiLU(y) is computed once for all blocks. Exact: the same sums, since
-# draws of equally many rows have equal shares in the mean. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# embeds all T timesteps once and looks them up; SiLU(y) is computed once for all blocks. Exact: draws have equally
+# many rows, so the mean of their means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
 def head_net(net, x_t, t, z):
     """HeadNet.forward for many rows."""
@@ -355,7 +355,7 @@ def loss(model, latents, classes, codes, draws):
     for block in model.decoder_blocks:
         x = block(x, fused.context)
     z = model.decoder_norm(x[:, P + L - n:]) + rows_at(model.output_positions, at)                    # [B, n, D]
-    x, z = rows_at(latents, at).flatten(0, 1), z.flatten(0, 1)                       # [B*n, C] and [B*n, D]
+    x, z = rows_at(latents, at).flatten(0, 1), z.flatten(0, 1)                       # [N, C] and [N, D]
     net = lambda x_t, t, z: head_net(model.head.net, x_t, t, z)
     losses = [model.head.loss(x, z, t.gather(1, at).flatten(), rows_at(noise, at).flatten(0, 1), net).mean()
               for t, noise in zip(draws.t, draws.noise)]

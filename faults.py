@@ -65,7 +65,7 @@ def run_script(main):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if pulse is not None:
-        if code:  # leaving the group in order could wait for ranks that wait for this one
+        if code:  # to leave the group properly could wait for ranks that wait for this one
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         pulse.stop()
@@ -100,7 +100,7 @@ class Pulse:
                     last, heard = note, time.monotonic()
                 if note != b"over" and time.monotonic() - heard > SILENCE and self.end_all():
                     self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
-                if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for this rank to say why
+                if self.notes.check(["end"]) and not self.over.wait(1.0):  # this rank has a second to end properly
                     os._exit(1)  # nothing less ends a main thread that waits inside a collective
                 if self.over.wait(1.0):
                     return
@@ -129,7 +129,7 @@ class Pulse:
         return self.notes.add("end", 1) == 1
 
     def stop(self):
-        """For a rank that ends in order: the others must not take its silence for death."""
+        """For a rank that ends properly: the others must not take its silence for death."""
         self.over.set()
         self.thread.join()
         self.notes.set(f"{self.rank}", "over")
@@ -141,7 +141,7 @@ def meet(store, rank: int, ranks: int) -> str:
     `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store, which still
     holds addresses of dead ranks. Each start therefore puts a name, chosen by rank 0, before its keys. To get the name,
     each rank asks with a word that it has just invented, and rank 0 answers to this word: no dead rank can have written
-    the answer. Rank 0 also answers the question of a dead rank, and looks again until the living rank has confirmed."""
+    the answer. Rank 0 may first find the question of a dead rank: it answers each, until the living rank confirms."""
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question of {rank}", word)
@@ -182,9 +182,9 @@ class Watch:
     def __init__(self, world: World, skipped=0):
         """skipped: the number of steps that were not finite before this start, from the training state."""
         zero = lambda: torch.zeros((), device=world.device)
-        self.loss_sum, self.finite = zero(), zero()         # since the last report: sum of finite ones; their number
+        self.loss_sum, self.finite = zero(), zero()         # sum and number of finite losses since the report
         self.skipped = zero() + skipped                     # number of steps that were not finite
-        self.in_row, self.longest = zero(), zero()          # of those in a row: now; at most
+        self.in_row, self.longest = zero(), zero()          # of those, in a row: now, and the most so far
         self.signal = torch.zeros((), dtype=torch.long)     # the number of the signal that this rank has received
         self.answer, self.work = self.signal.clone(), None  # the largest number of any rank, and its exchange
         self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None

@@ -71,8 +71,8 @@ def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=
     """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
     torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
-    without a shuffle, which sorting by class would spoil: a folder is ordered here by file names without folders,
-    sample.py's index. names: the files of the images, or None for an .npz."""
+    without a shuffle, so each part needs all classes. A folder per class is therefore ordered by file names alone,
+    in folders of sample.py the picture's index. names: the files of the images, or None for an .npz."""
     N, logits = len(logits), torch.as_tensor(logits).cpu()
     refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:
@@ -195,9 +195,9 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
             (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it")])
 
     def read(file):
-        image = read_image(os.path.join(root, file), crop)
+        image = read_image(os.path.join(root, file), crop, upright=False)
         refuse([(image is None, f"{root}/{file} is no readable image; make it again or remove it")])
-        refuse([(size not in (None, image.shape[1:]),
+        refuse([(size and size != image.shape[1:],
                  f"{root} holds images of several sizes, see {file}; --crop cuts a reference")])
         return image
 
@@ -300,9 +300,9 @@ def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
     reference, real, real_images = open_reference(args, model) if args.reference else (None, {}, None)
     images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
-    size = reference.get("size", images.size) if real else images.size
-    refuse([(size != images.size, f"{args.reference} comes from images of {size} pixels, but these have {images.size}; "
-                                  f"make it again with another --crop")])
+    size = (reference or {}).get("size", images.size)
+    refuse([(size != images.size, f"{args.reference} has or comes from images of {size} pixels, but these have "
+                                  f"{images.size}; give another --crop (statistics: make them again with it)")])
     if real_images:
         real = measure(args, world, real_images, partial(summands, model, {*args.metrics} - {"is", *real})) | real
     if not (fake := measure(args, world, images, partial(summands, model, args.metrics))):

@@ -2,23 +2,23 @@
 
 The methods are those of D2C (2503.17155, section 4.3), DisCon (2507.01756), MixAR (2511.12181) and MAR (2406.11838).
 
-    make_fusion(config)(codes [B, L] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
+    make_fusion(config)(codes [B, L_q] int64 or None, class_token [B, D], is_null [B] bool) -> Fused
 
-is_null marks images that lost their class: class_token is null already, the fusion nulls their codes. A Fused holds:
+is_null marks images without class: the caller has replaced their class_token; the fusion replaces their codes. A Fused:
 
-    prefix      [B, P, D]          rows in front of the tokens, at the input of the generator's encoder
-    context     [B, L, D] or None  what the cross-attention of every block reads
-    mask_codes  [B, T, D] or None  what the decoder adds to the mask tokens of the T positions
+    prefix      [B, P, D]            rows in front of the tokens, at the input of the generator's encoder
+    context     [B, L_q, D] or None  what the cross-attention of every block reads
+    mask_codes  [B, L, D] or None    what the decoder adds to the mask tokens of the L positions
 
-L is the number of codes, as in prior.py; T that of the tokens, which generator.py calls L. n is GeneratorConfig.prefix,
-64 in MAR, where each row holds the class token, and learned positions tell rows apart. There are five fusions.
+L_q is the number of codes (L in prior.py), L that of the tokens. n is GeneratorConfig.prefix, 64 in MAR: MAR puts n
+copies of the class token in front of the tokens, as working memory, and learned positions tell them apart.
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes (Q is
                      GeneratorConfig.queries), then n - Q class tokens                         D2C     P = n
     cross_attention  prefix: n class tokens; context: the embedded codes                       D2C     P = n
-    prefix           prefix: n class tokens, then the L embedded codes, so that self-attention
-                     runs over codes and tokens together                                       DisCon  P = n + L
+    prefix           prefix: n class tokens, then the L_q embedded codes, so that self-attention
+                     runs over codes and tokens together                                       DisCon  P = n + L_q
     mask_tokens      prefix: n class tokens; mask_codes: the embedded codes of each position   MixAR   P = n
 
 All but `none` embed codes as h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's code table,
@@ -26,12 +26,12 @@ rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attenti
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (its class tokens), unless n.
-    2. In forward compute h_q = self.embed(codes, is_null) [B, L, D]; return a Fused of it and self.repeat(class_token).
+    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (of class tokens) if not n.
+    2. In forward compute h_q = self.embed(codes, is_null) [B, L_q, D]; make a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
     4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
-New sizes go to GeneratorConfig. fast.py needs no change, as codes of null images have no influence (see `embed`)."""
+New sizes go to GeneratorConfig. fast.py needs no change: it computes one null image, whose codes `embed` ignores."""
 from typing import NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------------- Q-Former
 
 class MapperLayer(nn.Module):
-    """Pre-norm Transformer layer with ReLU: self-attention, cross-attention if `has_cross`, feed-forward."""
+    """A layer of the Q-Former. Pre-norm, with ReLU: self-attention, cross-attention if `has_cross`, feed-forward."""
 
     def __init__(self, width, heads, has_cross):
         super().__init__()
@@ -107,7 +107,7 @@ class MapperLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """h_q [B, L, D] -> [B, Q, D]: an encoder-decoder Transformer whose decoder starts from Q learned queries.
+    """h_q [B, L_q, D] -> [B, Q, D]: an encoder-decoder Transformer whose decoder starts from Q learned queries.
 
     D2C Eq. 6, built like GILL's mapper (2305.17216): LayerNorm eps 1e-5, PyTorch's default, and queries from N(0, 1).
     encoder=False leaves out the encoder's layers; D2C's Table 3 compares both."""
@@ -122,7 +122,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(1, queries, width))
 
     def forward(self, h):
-        h = self.down(h)                                                            # [B, L, width]
+        h = self.down(h)                                                            # [B, L_q, width]
         for layer in self.encoder:
             h = layer(h)
         h = self.encoder_norm(h)
@@ -177,10 +177,10 @@ class CodeFusion(Fusion):
         self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
-        """codes [B, L], is_null [B] -> h_q [B, L, D], or as wide as `project` makes it. D2C Eq. 4, plus a position."""
+        """codes [B, L_q], is_null [B] -> h_q [B, L_q, D] (MaskTokenFusion: narrower). D2C Eq. 4, plus a position."""
         if codes is None:
             raise ValueError("this generator's fusion needs codes; codes=None is for fusion 'none'")
-        e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))  # [B, L, code_dim]
+        e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))  # [B, L_q, code_dim]
         return self.project(e + self.positions)
 
 
@@ -206,7 +206,7 @@ class CrossAttentionFusion(CodeFusion):
 
 
 class PrefixFusion(CodeFusion):
-    """A code has a position from `embed` and, as a prefix row, those of the generator's encoder and decoder too."""
+    """Codes get positions three times: from `embed` and, as prefix rows, in the generator's encoder and decoder."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -217,12 +217,12 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the mask token, which is learned; MixAR replaces it. The encoder sees no mask tokens,
+    """Adds the embedded code to the learned mask token; MixAR puts it in its place. The encoder sees no mask tokens,
     and so no codes. If a token has k x k codes, each gets D/k^2 of its channels; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)
-        self.side, self.k = round(c.codes**0.5), round(c.codes**0.5) // c.grid
+        self.side, self.k = round(c.codes**0.5), round(c.codes**0.5) // c.grid      # c.grid: tokens per side
         if self.side != self.k * c.grid or c.dim % self.k**2:
             raise ValueError("mask_tokens needs k x k codes per token and D divisible by k^2; choose another fusion")
         self.project = nn.Linear(c.code_dim, c.dim // self.k**2)
@@ -230,7 +230,7 @@ class MaskTokenFusion(CodeFusion):
     def forward(self, codes, class_token, is_null):
         h = self.embed(codes, is_null).mT.unflatten(2, (self.side, self.side))      # [B, D/k^2, side, side]
         h = F.pixel_unshuffle(h, self.k)                                            # [B, D, grid, grid]
-        return Fused(self.repeat(class_token), mask_codes=h.flatten(2).mT)          # [B, T, D]
+        return Fused(self.repeat(class_token), mask_codes=h.flatten(2).mT)          # [B, L, D]
 
 
 FUSIONS = {"none": NoFusion, "qformer": QFormerFusion, "cross_attention": CrossAttentionFusion,

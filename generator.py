@@ -18,7 +18,7 @@ to draw the token from z. Sampling starts with all tokens masked and draws some 
 
 fusion.py turns class and codes into the P prefix rows and, for some fusions, into a context for cross-attention or
 into vectors added to mask tokens. Classes are 0 to config.classes - 1; class number config.classes is the null class,
-of classifier-free guidance. This file is the textbook form; train.py and sample.py use that of fast.py."""
+of classifier-free guidance. This file is the textbook form; train.py and sample.py use the faster one of fast.py."""
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -38,7 +38,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # n of fusion.py: prefix rows, without those of codes
+    prefix: int = 64           # n of fusion.py: prefix rows; P, their number in all, is n for most fusions
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
@@ -90,8 +90,8 @@ class Draws(NamedTuple):
     mask: torch.Tensor             # [B, L], 1 = masked, equally many per image
     t: torch.Tensor                # [M, B, L] diffusion timesteps
     noise: torch.Tensor            # [M, B, L, C]
-    posterior_noise: torch.Tensor  # [B, L, C], with which KL.sample draws the latents, new at every step
-    code_uniform: torch.Tensor     # [2, B, codes], for Prior.mixture: keep a code or not, and which instead
+    posterior_noise: torch.Tensor  # [B, L, C], for tokenizers.KL.sample, which draws the latents anew in every step
+    code_uniform: torch.Tensor     # [2, B, L_q], for Prior.mixture: keep a code or not, and which instead
     masked: int                    # masked tokens per image
 
     def part(self, s):
@@ -134,7 +134,7 @@ class Generator(nn.Module):
     def hidden(self, latents, classes, codes, mask):
         """latents [B, L, C], mask [B, L] (1 = masked, equally many per image) -> z [B, L, D], in raster order.
 
-        Latents at masked positions have no influence. codes [B, codes] int64, or None for fusion `none`."""
+        Latents at masked positions have no influence. codes [B, L_q] int64, or None for fusion `none`."""
         fused = self.fuse(classes, codes)
         visible = F.pad(1 - mask.float(), (self.fusion.prefix_rows, 0), value=1).bool()  # [B, P+L], the prefix too
         if (visible.sum(1) != visible[0].sum()).any():
@@ -142,7 +142,7 @@ class Generator(nn.Module):
         return self.decode(self.encode(latents, fused, visible), fused, visible)
 
     def fuse(self, classes, codes) -> Fused:
-        """classes [B], codes [B, codes] or None -> the Fused of these images.
+        """classes [B], codes [B, L_q] or None -> the Fused of these images.
 
         Class and codes are null together: fake_class replaces a null class, and the fusion replaces the codes."""
         is_null = classes == self.config.classes                                     # [B]
@@ -164,26 +164,26 @@ class Generator(nn.Module):
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row; the prefix stays
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row, the prefix too
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
-        return self.decoder_norm(x)[:, P:] + self.output_positions                   # which token the head draws
+        return self.decoder_norm(x)[:, P:] + self.output_positions                   # they tell the head which token
 
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
 
-        All images mask equally many tokens: there is one masking ratio, which uniform, a Python float in [0, 1),
-        decides. So the host knows the number of masked tokens and need not wait for a GPU. None: drawn too."""
+        All images mask equally many tokens: `uniform`, a Python float in [0, 1), decides their one masking ratio.
+        So the host knows the number of masked tokens and need not wait for a GPU. None: drawn too."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
         masked = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             drop=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a random permutation; masked where below
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a permutation; its numbers below `masked`
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim),
             posterior_noise=normal(B, L, c.token_dim),
@@ -193,7 +193,7 @@ class Generator(nn.Module):
         """Mean diffusion loss over masked tokens and M draws of (t, noise). D2C Eq. 2.
 
         latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
-        drop [B] bool: images that lose class and codes. Unlike the others it is not drawn: None means no image."""
+        drop [B] bool: images that lose class and codes. Unlike the others it is not drawn: with None, none does."""
         if mask is None or t is None or noise is None:
             drawn = self.draw(len(latents))
             mask = drawn.mask if mask is None else mask
@@ -202,7 +202,7 @@ class Generator(nn.Module):
         classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
         z = self.hidden(latents, classes, codes, mask)                               # [B, L, D]
         at = mask.bool()
-        # n masked tokens of all images: latents [n, C], z [n, D], t [M, n], noise [M, n, C]
+        # N masked tokens of all images: latents [N, C], z [N, D], t [M, N], noise [M, N, C]
         return self.head.loss(latents[at], z[at], t[:, at], noise[:, at]).mean()
 
     # ------------------------------------------------------------------------------------------------- sampling
@@ -210,7 +210,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def generate(self, classes, codes, iterations=64, steps=100, cfg=4.0, schedule="linear", temperature=1.0,
                  orders=None, noise=None, generator=None, t_max=T - 1, cfg_from=0.0, start=None, watch=None):
-        """classes [B], codes [B, codes] (or None) -> latents [B, L, C]. MAR section 3.3. Call eval() first.
+        """classes [B], codes [B, L_q] (or None) -> latents [B, L, C]. MAR section 3.3. Call eval() first.
 
         iterations      at most the number of tokens to draw; each draws one or more of them
         steps           diffusion steps per token: an int, or a list with an int per iteration
@@ -220,7 +220,7 @@ class Generator(nn.Module):
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
         orders [B, L]   a permutation of the positions per image; drawn from its end, as in MAR
-        noise           a list, one [steps+1, B*n, C] per iteration, image by image in raster order
+        noise           a list, one [steps+1, N, C] per iteration, for its N tokens: image by image, in raster order
         generator       a torch.Generator on the model's device, or a list of B
         start           (latents [B, L, C], keep [B, L] bool): tokens that stay, equally many per image
         watch           a function that is called after each iteration with the latents so far; masked ones are zero"""
@@ -233,10 +233,10 @@ class Generator(nn.Module):
             x = torch.where(mask[..., None] == 0, start[0], x)
         for k, later in enumerate(plan.masked):      # the first `later` positions of each order stay masked for now
             next_mask = torch.zeros_like(mask).scatter(1, plan.orders[:, :later], 1.0)
-            now = (mask - next_mask).bool()                                          # [B, L], drawn in this iteration
-            z = self.hidden(x, classes, codes, mask)[now]                            # [B*n, D], image by image
+            now = (mask - next_mask).bool()                                    # [B, L]: the N tokens of this iteration
+            z = self.hidden(x, classes, codes, mask)[now]                            # [N, D], image by image
             z_null = self.hidden(x, null, codes, mask)[now] if plan.cfg[k] != 1 else None  # fake_code replaces codes
-            noise_k = plan.draw_noise(k, C) if noise is None else noise[k]           # [steps+1, B*n, C]
+            noise_k = plan.draw_noise(k, C) if noise is None else noise[k]           # [steps+1, N, C]
             x[now] = self.head.sample(z, z_null, plan.cfg[k], plan.steps[k], temperature, noise_k, t_max=t_max)
             mask = next_mask
             if watch:
@@ -253,10 +253,10 @@ class Plan:
     masked: list           # tokens per image that are still masked after each iteration
     cfg: list              # guidance of each iteration; 1: none
     steps: list            # diffusion steps of each iteration
-    generators: list       # one per image: all the same, or None, if the caller did not give a list
+    generators: list       # one per image; entries are all the same, or None, if the caller gave no list
 
     def draw_noise(self, k, C):
-        """The head's noise in iteration k, [steps+1, B*n, C], image by image from the generators."""
+        """The head's noise in iteration k, [steps+1, N, C], image by image from the generators."""
         n = (self.masked[k - 1] if k else self.orders.shape[1] - self.kept) - self.masked[k]
         return torch.cat([torch.randn(self.steps[k] + 1, n, C, generator=g, device=self.mask.device)
                           for g in self.generators], dim=1)
@@ -276,7 +276,7 @@ def make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generato
     generators = generator if isinstance(generator, list) else [generator] * B
     if orders is None:
         orders = torch.stack([torch.rand(L, generator=g, device=device) for g in generators]).argsort(1)
-    if kept:  # kept tokens go to the end of the order: they count as drawn
+    if kept:  # kept tokens (mask 0) go to the end of the order, as if drawn already; others keep theirs
         orders = orders.gather(1, mask.gather(1, orders).argsort(dim=1, descending=True, stable=True))
     masked = masked_counts(L - kept, iterations)
     # As in MAR, the last iteration counts 1 masked token instead of 0, so its guidance is slightly below cfg.

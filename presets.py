@@ -40,14 +40,14 @@ class Sampling:
     steps: int = flag(100, "steps of the diffusion head for each token")
     anneal: str = flag("", "A:B takes A head steps in the first iteration, falling to B in the last; replaces --steps")
     cfg: float = flag(4.0, "guidance of the generator; 1: none")
-    cfg_from: float = flag(0.0, "iterations whose guidance is below this number skip the null branch")
+    cfg_from: float = flag(0.0, "an iteration whose guidance is below this skips the null branch")
     schedule: str = flag("linear", "the generator's guidance is constant, or linear: it grows with what is drawn")
     temperature: float = flag(1.0, "the generator scales the noise of the head's steps by it")
     prior_cfg: float = flag(2.0, "guidance of the prior; 1: none")
     prior_temperature: float = flag(0.99, "the prior divides its logits by it")
     top_k: int = flag(0, "the prior draws from its k likeliest codes; 0: from all")
     top_p: float = flag(1.0, "the prior draws from the fewest codes that have this probability together")
-    t_max: int = flag(999, "timestep where the diffusion head starts, at most 999; a lower one magnifies errors less")
+    t_max: int = flag(999, "timestep where the diffusion head starts; below 999, it magnifies its errors less")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
-    twice the z_channels: a code stands for 4 times the pixels. train.py takes the other grids from the cache."""
+    twice the z_channels: a code stands for 4 times the pixels. Prior and generator follow the cache, see train.py."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]  # small ones
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
@@ -131,7 +131,7 @@ TOY = Preset(
     (Recipe(16, 20, 8e-3, ema=0.99), Recipe(16, 60, 1.6e-2, ema=0.99), Recipe(16, 120, 1.6e-2, ema=0.99)),
     Sampling(iterations=8, steps=25, cfg=1.5, t_max=950))
 
-# Parameters, of generator and prior if the fusion reads codes. DisCon's and MixAR's own recipes are not known.
+# Parameters: of the generator, and the prior if it reads codes. DisCon's and MixAR's own recipes are not known.
 PRESETS = {
     "d2c-b":       imagenet("qformer", BASE, D2C),                                                # 362M: D2C Table 1
     "d2c-b-cross": imagenet("cross_attention", BASE, D2C),                                        # 389M

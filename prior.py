@@ -5,16 +5,16 @@ D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
     p(q | class) = prod_i p(q_i | q_<i, class)
 
     Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i, the last row is unused
-    .draw(B, generator)                      -> drop [B], drawn for a training step: which images lose their class
+    .draw(B, generator)                      -> drop [B] for a training step: which images lose their class
     .loss(codes, classes, drop)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
-    .mixture(codes, classes, share, uniform) -> codes [B, L], some of them drawn by the prior: what stage 2 trains on
+    .mixture(codes, classes, share, uniform) -> codes [B, L], some of them drawn by the prior, to train generator.py on
 
 L codes of an image, K entries of the codebook, D = dim, H = heads. The class is one token in front of the codes.
 Classes are 0 to config.classes - 1; class number config.classes is the null class of classifier-free guidance.
 
 The layer sizes are those of LlamaGen-B (2406.06525), 110,888,448 parameters; checkpoints.py reads its published file.
-`train.py --stage 1` trains the prior. sample.py draws codes from it, on which the generator is conditioned."""
+`train.py --stage 1` trains the prior. sample.py lets it draw codes, from which generator.py makes the picture."""
 import math
 from dataclasses import dataclass
 
@@ -67,8 +67,8 @@ def rope_table(grid, head_dim, base=10000.0):
 
 
 def rotate(x, table):
-    """Rotates channel pairs (2i, 2i+1) of x [..., T, head_dim] by the angles of table [T, head_dim/2, 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # each [..., T, head_dim/2]
+    """Rotates channel pairs (2i, 2i+1) of x [..., rows, head_dim] by the angles of table [rows, head_dim/2, 2]."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # [..., rows, head_dim/2]
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
@@ -87,15 +87,15 @@ class Block(nn.Module):
         self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
     def attend(self, x, table, cache=None):
-        B, T, D = x.shape
-        q, k, v = self.wqkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, T, D/H]
+        B, rows, D = x.shape
+        q, k, v = self.wqkv(x).view(B, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, T, D/H]
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:  # a list: keys and values [B, H, 1, D/H] of each position so far
             cache.append((k, v))
             k, v = (torch.cat(all_positions, dim=2) for all_positions in zip(*cache))
         # With a cache the only query is the newest position. It sees all keys; is_causal would show it only the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        return self.wo(y.transpose(1, 2).reshape(B, T, D))
+        return self.wo(y.transpose(1, 2).reshape(B, rows, D))
 
     def forward(self, x, table, cache=None):
         dropout = lambda y: F.dropout(y, self.dropout, self.training)
@@ -126,7 +126,7 @@ class Prior(nn.Module):
         x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, L+1, D]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, self.rope[:x.shape[1]])  # fewer codes than L are allowed
+            x = block(x, self.rope[:x.shape[1]])
         return self.output(self.norm(x)).float()
 
     # ------------------------------------------------------------------------------------------------- training
@@ -134,7 +134,7 @@ class Prior(nn.Module):
     def draw(self, B, generator=None):
         """What a training step draws for B images: drop [B] bool, True where the class becomes the null class.
 
-        It is drawn outside of `loss`, for the whole batch of a step, so that several ranks can share one draw."""
+        It is drawn outside of `loss`, for the whole batch of a step; each rank takes the rows of its images."""
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
     def loss(self, codes, classes, drop=None):
@@ -147,7 +147,7 @@ class Prior(nn.Module):
         """Draws every code again from p(q_i | q_<i, class), given the *true* codes before it. Call eval() first.
 
         One causal pass gives all L distributions (teacher forcing). uniform [B, L] in [0, 1) are the random numbers.
-        D2C trains stage 2 on these codes: like sampled ones, they contain mistakes of the prior."""
+        D2C trains its generator on these codes: like sampled ones, they contain mistakes of the prior."""
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         with torch.inference_mode():
@@ -173,7 +173,7 @@ class Prior(nn.Module):
         top_k, top_p          see filter_logits
         generator             a torch.Generator on the model's device, or a list of B, one per image
         given [B, L]          codes that stay, -1 where a code is drawn; codes are drawn in raster order, so a drawn
-                              code does not see given codes behind it
+                              code does not see the given codes that follow it
         watch                 a function that is called after every code"""
         B, L = len(classes), self.config.grid**2
         uniform = uniform_numbers(B, L, generator, classes.device)
@@ -229,7 +229,7 @@ def pick(logits, uniform):
     per code, from a generator per image, the random numbers of an image do not depend on the batch it is drawn in."""
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                                   # 1 up to rounding
-    # Rounding may make uniform * total equal to total, which no sum exceeds: take the number just below it then.
+    # Rounding may make uniform * total equal to total. No sum exceeds total, and the index would be K, so stay below.
     target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return (cumulative <= target).sum(-1)                          # the index of the first sum above the target
 

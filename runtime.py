@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # see faults.meet
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # a name of this start, from faults.meet
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)
@@ -62,7 +62,7 @@ def choose_device(name: str | None, ranks: int, local: int) -> torch.device:
     mps = torch.backends.mps.is_available() and ranks == 1  # PyTorch has no process group for MPS
     name = name or ("cuda" if gpus else "mps" if mps else "cpu")
     refuse([(not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name), f"--device must be cuda, cuda:N, mps or cpu, not {name}"),
-            (name == "mps" and not mps, "there is no mps: it takes an Apple GPU that PyTorch sees, and one process")])
+            (name == "mps" and not mps, "there is no mps: it needs an Apple GPU that PyTorch sees, and one process")])
     if name.startswith("cuda"):
         name = f"cuda:{local}" if ranks > 1 or name == "cuda" else name
         refuse([(torch.device(name).index >= gpus, f"there is no {name}: this PyTorch sees {gpus} CUDA GPUs")])
@@ -169,7 +169,7 @@ def write_file(path: str, fill, kept: str | None = None):
 
 
 def sweep(folder: str):
-    """Removes the temporary files of killed writers from a folder and its subfolders. For one rank to call."""
+    """Removes the temporary files of killed writers from a folder and its subfolders. Call it while none writes."""
     for inside in ("*", os.path.join("*", "*")):
         for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
             pid = path.rpartition(".tmp")[2]

@@ -14,7 +14,7 @@ A command that writes a folder draws only the missing pictures when it runs agai
 index and the kind of device; batch size and number of GPUs change its rounding only.
 
 From Python: `load_run`, `generate`; docs/sampling.md has an example. For classes, a string is a name or an id, as after
---class, a number is an id or an index (one that fits two classes is refused), and a tensor holds indices."""
+--class, a tensor holds indices, a number is an id or an index, refused if it is one class's id and another's index."""
 import argparse
 import glob
 import json
@@ -255,7 +255,7 @@ def start_like(run: Run, path: str) -> Start:
 
 
 def open_picture(path) -> Image.Image:
-    picture = open_image(path, upright=True)
+    picture = open_image(path)
     refuse([(picture is None, f"{path} is not there, or is no readable image")])
     return picture
 

@@ -16,7 +16,7 @@ codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls 
 The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
 stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images is used instead. KL.sample
 multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
-of stage 2's training gives wrong contrast, so stage 2 copies the number into the generator's file for sample.py."""
+of stage 2's training gives wrong contrast, so stage 2 copies the number into generator.pt for sample.py."""
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -208,11 +208,11 @@ class Autoencoder(nn.Module):
         return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
 
     def lap(self, images, back=False):
-        """Applies the border filter across every border between tiles; `back` undoes it. The outer half of the tiles
-        at the edge of the image, which have no neighbour, stays as it is."""
+        """Applies the border filter across every border between tiles; `back` undoes it. A strip of half a tile
+        at each edge of the image has no neighbour and stays as it is."""
         if not self.config.lapped:
             return images
-        half, matrix = self.stride // 2, self.border if back else self.border.T  # pixels are row vectors here
+        half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T applies M
         for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
             across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix        # [..., borders, stride]
             images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
@@ -222,7 +222,7 @@ class Autoencoder(nn.Module):
     def fit_linear_path(self, images, generator=None):
         """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
 
-        VQ and KL have a `fit` each. It computes in float64, so that float32 results hardly differ between machines."""
+        VQ and KL have a `fit` each. This calls it in float64, so that machines hardly differ in float32."""
         self.double().fit(images.double(), generator)
         self.float()
 
@@ -248,7 +248,7 @@ def principal_axes(tiles, k):
     """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
 
     Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
-    Without any division an added noise that is small for the first components would hide the details."""
+    Without any division, a noise on the latents that is small for the mean colour would hide the details."""
     variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
     return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
 
@@ -256,19 +256,19 @@ def principal_axes(tiles, k):
 def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
-    After the filter each tile depends on pixels up to half a tile beyond its borders. Principal components of filtered
-    tiles are therefore smooth windows of twice the width of a tile: a lapped transform (Malvar & Staelin 1989, in the
-    time-domain form of Tran, Liang & Tu 2003). Without the filter an error in one latent makes an edge at the border of
-    its tile, and a picture shows a grid. With the filter the error fades into the neighbours."""
+    Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
+    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades into the neighbours.
+    This is a lapped transform (Malvar & Staelin 1989) in the time-domain form of Tran, Liang & Tu 2003. It keeps sums
+    of pixels that mirror each other across the border, and rotates their differences."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
     dct2[0] /= 2**0.5
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    # sums and differences of pixels that mirror each other across the border
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])
-    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)          # of the differences: V of Tran et al.
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences
+    # V of Tran et al. Its inverse turns an edge (equal differences) into half a sine wave that is 0 at the border.
+    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)
     return (butterfly @ rotation @ butterfly / 2).float()
 
 
@@ -327,16 +327,16 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """One channel is a constant: without it the unit sphere would hide how far a tile is from the mean tile."""
+        """One channel is a constant. Normalising loses a length, but a length beside a constant becomes an angle."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
-        axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                       # a mean length of 1, as the constant
+        axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                      # mean length 1, the constant's size
         self.set_patch_in(axes, -axes @ mean, constant=1.0)
         z = F.normalize(self.to_grid(images).flatten(2).mT.flatten(0, 1), dim=1)   # [N*L, d]
         book = z[torch.randperm(len(z), generator=generator)[:self.config.codebook_size]]
         for _ in range(10):                                                        # spherical k-means
             codes = (z @ book.T).argmax(1)
-            # 1e-3 of the old vector: one that no tile chose stays where it was
+            # plus 1e-3 of the old vector, so that a vector that no tile chose stays where it was
             book = F.normalize(book * 1e-3 + torch.zeros_like(book).index_add(0, codes, z), dim=1)
         self.codebook.weight[:len(book)] = book
         self.set_patch_out(book[(z @ book.T).argmax(1)], tiles)
@@ -352,7 +352,7 @@ class KL(Autoencoder):
                          encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     def set_scale(self, scale):
-        """Puts the latents' measured 1 / std (`latent_scale`) into the config, which files save. No other code does."""
+        """Puts the latents' measured 1 / std (`latent_scale`) into the config, which kl.pt holds. Only this sets it."""
         self.config = replace(self.config, scale=scale)
 
     @torch.no_grad()
@@ -392,9 +392,9 @@ class KL(Autoencoder):
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
-        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has LPIPS and a GAN instead of L2. Its weight of KL is the same, but
-        it sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise the
-        decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, has a similar noise)."""
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has LPIPS and a GAN instead of L2. It has the same weight of KL,
+        but sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise
+        the decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, is similar)."""
         mean, logvar = self.posterior(self.to_grid(images))
         posterior_noise, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
         z = mean + (0.5 * logvar).exp() * posterior_noise

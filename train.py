@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, steps of decay. --hours shortens both, --steps only the decay."""
+        """-> highest learning rate, steps of warm-up (shorter by --hours, but not by --steps), steps of decay (by both)."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
@@ -398,7 +398,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows.start).initial_seed())
             with passes(loss_of, last=k == args.accumulate - 1), autocast(device):
                 loss = loss_of(step, rows, *batch) / args.accumulate
-            with tf32():  # in every layer: gradients bear it; the head's fp32 is for the forward pass
+            with tf32():  # gradients may round in every layer; where the forward pass may not, it says so
                 loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
@@ -424,7 +424,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             if time.time() > forecast_at:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 forecast_at = math.inf
-            save_now = done == args.steps or stop or save_now and not bad_in_row  # first see whether it recovers
+            save_now = done == args.steps or stop or save_now and not bad_in_row  # not amid steps that are not finite
         before = time.time()
         if save_now:
             save(stage, ema, optimizer, watch, done)
@@ -459,7 +459,7 @@ SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training
 def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:
     """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-    per_step: seconds. least: steps. -> the steps of this stage, which resumed runs keep."""
+    per_step: seconds of a step. least: steps done. -> the steps of this stage, which resumed runs keep."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
     fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / per_step)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
@@ -491,9 +491,9 @@ def train_all(args, world):
     for i, n in enumerate(stages):
         source = inside("cache") if n else args.data
         mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n], "data": source})
-        if i == 1:
+        if i == 1:  # between tokenizers and the rest; makes only what is missing
             tokenise(args.data, args.run, source, world)
-        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
+        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]  # none: brought by the user
         if len(missing) < len(KINDS[n]) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
             refuse([(missing, f"{args.run} has no {''.join(missing)}.pt; train it first, with --stage 0 --only")])
             print0(f"stage {n} is skipped: {args.run} has the {' and '.join(KINDS[n])} of another training")

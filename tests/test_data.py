@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import checkpoints
 import data
+import fid
 from runtime import UserError
 from tokenizers import KL, VQ
 
@@ -134,12 +135,18 @@ def test_strip_that_the_crop_would_blow_up_is_none(tmp_path):
 
 
 def test_orientation(tmp_path):
-    """Only `upright` obeys the note that a camera leaves."""
+    """Training, cache and editing obey the note that a camera leaves; fid.py, like ADM's loader, does not."""
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(smooth(40, 40)).save(tmp_path / "a.png", exif=exif)
     as_it_is, upright = (data.read_image(str(tmp_path / "a.png"), 40, upright) for upright in (False, True))
     assert np.array_equal(upright, as_it_is[:, ::-1, ::-1]) and not np.array_equal(upright, as_it_is)
+    (tmp_path / "photos" / "1").mkdir(parents=True)
+    (tmp_path / "a.png").rename(tmp_path / "photos" / "1" / "a.png")
+    assert np.array_equal(data.read_views(str(tmp_path / "photos" / "1" / "a.png"), 40, 1)[0], upright)
+    assert np.array_equal(data.Folder(str(tmp_path / "photos"), 40)._read(0, 0), upright)
+    images = fid.open_images(str(tmp_path / "photos"))
+    assert np.array_equal(next(iter(images.batches([range(1)])))[0], as_it_is)
 
 
 def test_folder_without_a_readable_image_ends(toy, tmp_path):

@@ -328,7 +328,7 @@ def figures(path="result.json"):
 def test_one_set_of_pictures_in_three_forms(fake, drawn, toy, works, tmp_path):
     """Folder, .npz and --run give the same figures; reading goes in batches that do not fit the number."""
     real = Path(toy.images)
-    more = ("--metrics", "fid,sfid,is,pr", "--batch", 7)
+    more = ("--crop", 32, "--metrics", "fid,sfid,is,pr", "--batch", 7)
     said = works("fid", drawn / "x", real, "--out", "a.json", *more)
     assert "gFID@24" in said and "warning: 24 images" in said and "±" in said
     works("fid", drawn / "x.npz", real, "--out", "b.json", *more)
@@ -447,6 +447,19 @@ def test_crop_of_a_reference(fake, toy, works, tmp_path):
     assert made["crop"] == 32 and made["size"] == [32, 32] and made["images"] == 4
 
 
+def test_a_reference_of_another_size_is_refused(fake, script):
+    """A folder and an .npz of images, as statistics: features of enlarged pictures are those of blurred ones."""
+    picture = lambda size: np.random.default_rng(size).integers(0, 256, (12, size, size, 3), dtype=np.uint8)
+    for size in (32, 40):
+        os.makedirs(f"of{size}")
+        for i, pixels in enumerate(picture(size)):
+            Image.fromarray(pixels).save(f"of{size}/{i}.png")
+    np.savez("of40.npz", arr_0=picture(40))
+    for reference in ("of40", "of40.npz"):
+        out = script("fid", "of32", reference, "--metrics", "fid")
+        assert out.code == 1 and "images of [40, 40] pixels, but these have [32, 32]" in out.err and "--crop" in out.err
+
+
 def test_reconstruction(fake, toy, works, script, copy_run):
     """rFID, PSNR and SSIM of both tokenizers, and of one where there is only one."""
     said = works("fid", "--reconstruct", toy.run, toy.images, "--batch", 50)
@@ -474,7 +487,7 @@ def test_reconstruction(fake, toy, works, script, copy_run):
 def test_labels_and_table(fake, drawn, works, toy):
     assert list(fid.labelled({"gfid": 2.0, "sfid": 3.0}, 9_999)) == ["gFID@9999", "sFID@9999"]
     assert fid.labelled({"gfid": 2.0, "is": 9.0, "is_std": 0.5}, 10_000) == {"gFID": "2.0000", "IS": "9.0000 ± 0.5000"}
-    works("fid", drawn / "x", toy.images, "--metrics", "fid", "--out", "a.json")
+    works("fid", drawn / "x", toy.images, "--crop", 32, "--metrics", "fid", "--out", "a.json")
     works("fid", "--reconstruct", toy.run, toy.images, "--out", "b.json")
     lines = works("fid", "--table", "a.json", "b.json").splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
@@ -501,7 +514,7 @@ def test_wrong_commands(fake, script, command, words):
 
 
 def test_dry_run(fake, drawn, toy, works):
-    said = works("fid", drawn / "x", toy.images, "--dry-run", "--out", "a.json")
+    said = works("fid", drawn / "x", toy.images, "--crop", 32, "--dry-run", "--out", "a.json")
     assert "24 images of 32x32 pixels" in said and "torch-fidelity" in said and not os.path.exists("a.json")
 
 
