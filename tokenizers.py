@@ -267,7 +267,7 @@ def border_filter(stride):
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
     butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences
-    # V of Tran et al. Its inverse turns an edge (equal differences) into half a sine wave that is 0 at the border.
+    # V of Tran et al. Its inverse turns an edge (equal differences) into a slope: a sine from its trough to its crest.
     rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)
     return (butterfly @ rotation @ butterfly / 2).float()
 
