@@ -69,7 +69,7 @@ def open_image(path: str, size: int | None = None, upright=True) -> Image.Image 
     size: of the crop that the caller will make. upright: obey the camera's EXIF note. fid.py does not, as ADM."""
     try:
         with Image.open(path) as image:
-            enlarged = max(1, size / min(image.size)) if size else 1  # by the crop, which sees all of a strip
+            enlarged = max(1, size / min(image.size)) if size else 1  # by center_crop: a long strip grows huge
             if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             image = ImageOps.exif_transpose(image) if upright else image
@@ -141,7 +141,7 @@ def find_images(root: str):
 
 def entry_type(h: dict) -> np.dtype:
     """One view of one image, in a cache with header h."""
-    n, g, z = h["grid"] ** 2, h["latent_grid"], h["channels"]
+    n, g, z = h["grid"] ** 2, h["latent_grid"], h["channels"]  # of the KL encoder, before KL.sample merges
     return np.dtype([("codes", np.uint16, (n,)),              # of the VQ tokenizer, in raster order
                      ("moments", np.float16, (2 * z, g, g)),  # of the KL tokenizer: mean and log-variance
                      ("label", np.int32),                     # the class; -1 where the image could not be read

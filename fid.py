@@ -71,8 +71,8 @@ def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=
     """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
     torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
-    without a shuffle, so each part needs all classes. A folder per class is therefore ordered by file names alone,
-    in folders of sample.py the picture's index. names: the files of the images, or None for an .npz."""
+    without a shuffle, so each part needs all classes. So files of class folders are sorted without the folder,
+    in sample.py's output by the picture's index. names: the files of the images, or None for an .npz."""
     N, logits = len(logits), torch.as_tensor(logits).cpu()
     refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:

@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up (shorter by --hours, but not by --steps), steps of decay (by both)."""
+        """-> highest learning rate, steps of warm-up, steps of decay. --steps shortens the decay only, --hours both."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
@@ -398,7 +398,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows.start).initial_seed())
             with passes(loss_of, last=k == args.accumulate - 1), autocast(device):
                 loss = loss_of(step, rows, *batch) / args.accumulate
-            with tf32():  # gradients may round in every layer; where the forward pass may not, it says so
+            with tf32():  # for all layers: gradients may round where the forward pass, in the head, may not
                 loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]

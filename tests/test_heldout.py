@@ -1,0 +1,53 @@
+"""tools/heldout.py: the losses of a run on given photographs."""
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+
+def figures(said):
+    return [tuple(map(float, re.findall(r"(?:prior|generator) ([\d.]+)", line))) for line in said.splitlines()]
+
+
+def test_losses(toy, works, tmp_path):
+    """By hand, and for the generator with other masks and noise. Codes of noise are harder than those of pictures."""
+    noise = Path(shutil.copytree(toy.images, tmp_path / "noise"))
+    for path in noise.glob("*/*.png"):
+        sample.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    said = works("heldout", toy.run, toy.images, noise)
+    (prior, generator), (noise_prior, noise_generator) = figures(said)
+    assert "130 pictures: prior" in said and "after 40 steps" in said
+    assert noise_prior > prior + 0.1 and noise_generator != generator
+    run = sample.load_run(toy.run)
+    paths, labels, _ = data.find_images(toy.images)
+    x = data.to_float(np.stack([data.read_image(os.path.join(toy.images, p), 32) for p in paths]))
+    with torch.no_grad():
+        codes, latents, classes = run.vq.encode(x), run.kl.sample(run.kl.encode(x)), torch.tensor(labels)
+        losses = []
+        for share in (0.1, 0.5, 0.9):
+            mask = (torch.rand(latents.shape[:2]).argsort(1) < round(share * latents.shape[1])).float()
+            losses.append(float(run.generator.loss(latents, classes, codes, mask)))
+    assert prior == pytest.approx(float(run.prior.loss(codes, classes)), abs=1e-3)
+    assert generator == pytest.approx(np.mean(losses), rel=0.1)
+    assert figures(works("heldout", toy.run, toy.images))[0] == (prior, generator)  # the same masks and noise again
+
+
+def test_runs_that_are_not_complete(toy, works, script, copy_run, tmp_path):
+    assert len(figures(works("heldout", copy_run("vq", "prior"), toy.images))[0]) == 1
+    shutil.copytree(toy.images, tmp_path / "other")
+    os.makedirs(tmp_path / "other" / "zebra")
+    (tmp_path / "other" / "classes.tsv").unlink(missing_ok=True)
+    for args, words in (((), "give a run"), ((toy.run,), "give a run"), ((tmp_path, toy.images), "neither prior.pt"),
+                        ((toy.run, tmp_path / "other"), "has the class zebra")):
+        out = script("heldout", *args)
+        assert out.code == 1 and words in out.err and "Traceback" not in out.err
