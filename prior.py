@@ -88,7 +88,7 @@ class Block(nn.Module):
 
     def attend(self, x, table, cache=None):
         B, rows, D = x.shape
-        q, k, v = self.wqkv(x).view(B, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, T, D/H]
+        q, k, v = self.wqkv(x).view(B, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # each [B, H, rows, D/H]
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:  # a list: keys and values [B, H, 1, D/H] of each position so far
             cache.append((k, v))

@@ -258,17 +258,17 @@ def border_filter(stride):
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
     latent depends on pixels up to half a tile beyond the borders, and going back, its error fades into the neighbours.
-    This is a lapped transform (Malvar & Staelin 1989) in the time-domain form of Tran, Liang & Tu 2003. It keeps sums
-    of pixels that mirror each other across the border, and rotates their differences."""
+    This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). It keeps the sums of pixels that mirror
+    each other at the border, and V rotates their differences. Going back, V.T takes their DCT-II coefficients for those
+    of DCT-IV, whose waves are all 0 at the border: an edge (equal differences) becomes the lowest of them, a slope."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
     dct2[0] /= 2**0.5
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences
-    # V of Tran et al. Its inverse turns an edge (equal differences) into a slope: a sine from its trough to its crest.
-    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
+    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)                   # V is the second block
     return (butterfly @ rotation @ butterfly / 2).float()
 
 

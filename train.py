@@ -398,7 +398,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             torch.manual_seed(rng("cpu", "dropout", args.seed, step, rows.start).initial_seed())
             with passes(loss_of, last=k == args.accumulate - 1), autocast(device):
                 loss = loss_of(step, rows, *batch) / args.accumulate
-            with tf32():  # for all layers: gradients may round where the forward pass, in the head, may not
+            with tf32():  # TF32 on: gradients bear it in all layers, also where diffloss.py turns it off
                 loss.backward()
             total += loss.detach()
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
