@@ -269,7 +269,7 @@ def whole_tokens(white, grid):
 @torch.inference_mode()
 def start_from(run: Run, picture: Image.Image) -> Start:
     """The codes and latents of the centre crop, the latents being the posterior's means; `keep` keeps no token."""
-    x = to_float(np.asarray(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]).to(run.device)   # [1, 3, H, W]
+    x = to_float(np.array(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]).to(run.device)   # [1, 3, H, W]
     moments = run.kl.encode(x)
     latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]            # [L, C]
     codes = run.vq and run.vq.encode(x)                                                                  # [1, codes]

@@ -2,6 +2,8 @@
 import io
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -382,6 +384,14 @@ def test_edit_keeps_codes_and_latents(run, picture, monkeypatch):
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
     alone = sample.generate(run, [3], indices=[1], start=start, sampling=replace(run.sampling, iterations=4))
     assert (alone.images[0].int() - images[1]).abs().max() <= 1
+
+
+def test_start_without_a_warning(toy, picture, tmp_path):
+    """In a process of its own, because PyTorch warns once per process of an array that cannot be written."""
+    command = [sys.executable, "-W", "error::UserWarning", sample.__file__, "--run", toy.run, "--class", "3",
+               "--num", "1", "--like", picture[0], "--out", tmp_path / "a.png", "--device", "cpu"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_like_takes_the_codes(run, picture):
