@@ -44,10 +44,12 @@ def test_losses(toy, works, tmp_path):
 
 def test_runs_that_are_not_complete(toy, works, script, copy_run, tmp_path):
     assert len(figures(works("heldout", copy_run("vq", "prior"), toy.images))[0]) == 1
+    alone = Path(copy_run("kl", "generator"))
+    os.remove(alone / "vq.pt"), os.remove(alone / "prior.pt")  # of the copy before
     shutil.copytree(toy.images, tmp_path / "other")
     os.makedirs(tmp_path / "other" / "zebra")
     (tmp_path / "other" / "classes.tsv").unlink(missing_ok=True)
     for args, words in (((), "give a run"), ((toy.run,), "give a run"), ((tmp_path, toy.images), "neither prior.pt"),
-                        ((toy.run, tmp_path / "other"), "has the class zebra")):
+                        ((toy.run, tmp_path / "other"), "has the class zebra"), ((alone, toy.images), "no vq.pt")):
         out = script("heldout", *args)
         assert out.code == 1 and words in out.err and "Traceback" not in out.err

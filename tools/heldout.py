@@ -64,9 +64,13 @@ def main():
     run, *folders = sys.argv[1:]
     paths = {kind: os.path.join(run, f"{kind}.pt") for kind in checkpoints.CONFIGS}
     models = {kind: checkpoints.load_model(path, kind) for kind, path in paths.items() if os.path.exists(path)}
+    generator = models.get("generator")
     refuse([(not {"prior", "generator"} & {*models}, f"{run} has neither prior.pt nor generator.pt; train one first"),
-            ("prior" in models and "vq" not in models, f"{run} has no vq.pt, which makes the codes"),
-            ("generator" in models and "kl" not in models, f"{run} has no kl.pt, which makes the latents")])
+            ("vq" not in models and ("prior" in models or generator and generator.fusion.reads_codes),
+             f"{run} has no vq.pt, which makes the codes"),
+            (generator and "kl" not in models, f"{run} has no kl.pt, which makes the latents")])
+    if generator:  # it was trained with its own scale, see sample.load_run
+        models["kl"].set_scale(generator.about.get("latent_scale", models["kl"].config.scale))
     about = next(models[kind].about for kind in ("prior", "generator") if kind in models)
     size = next(models[kind].about["image_size"] for kind in ("vq", "kl") if kind in models)
     for folder in folders:
