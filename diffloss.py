@@ -99,7 +99,7 @@ def tf32(allowed=True):
 
 
 class HeadBlock(nn.Module):
-    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(SiLU(y)): adaLN."""
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), with (shift, scale, gate) = Linear(y): adaLN."""
 
     def __init__(self, width):
         super().__init__()
@@ -108,12 +108,12 @@ class HeadBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
 
     def forward(self, x, y):
-        shift, scale, gate = self.modulation(F.silu(y)).chunk(3, dim=-1)
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
 
 
 class HeadNet(nn.Module):
-    """Predicts the noise in x_t, and v, which sets the variance of x_{t-1}, given y = time + projected z."""
+    """Predicts the noise in x_t, and v, which sets the variance of x_{t-1}, given y = SiLU(time + projected z)."""
 
     def __init__(self, c: HeadConfig):
         super().__init__()
@@ -141,12 +141,17 @@ class HeadNet(nn.Module):
     def forward(self, x_t, t, z):
         """x_t [..., N, C], t [..., N] timesteps 0 to 999 of the full process, z [N, D] -> [..., N, 2C]."""
         with tf32(False):
+            y = F.silu(self.embed_time(t) + self.cond(z))                       # [..., N, width]
+        return self.denoise(x_t, y)
+
+    def denoise(self, x_t, y):
+        """forward, given y, which all adaLN layers read."""
+        with tf32(False):
             x = self.input(x_t)                                                 # [..., N, width]
-            y = self.embed_time(t) + self.cond(z)                               # [..., N, width]
             with tf32():
                 for block in self.blocks:
                     x = block(x, y)
-            shift, scale = self.output_modulation(F.silu(y)).chunk(2, dim=-1)
+            shift, scale = self.output_modulation(y).chunk(2, dim=-1)
             x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift   # this LayerNorm has no weights
             return self.output(x)
 

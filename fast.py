@@ -82,17 +82,17 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 
 # --------------------------------------------------------------------------------------- the diffusion head's loop
 # The plain loop computes net(x, t, z) at every step, but most of its arithmetic does not depend on x. All timesteps are
-# embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of SiLU(y),
-# y = embedded time + projected z. SiLU is not linear, so each pair of step and token needs projections of its own. But
-# none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed where
-# HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
+# embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
+# y = SiLU(embedded time + projected z). SiLU is not linear, so each pair of step and token needs projections of its
+# own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
+# where HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
 
 ROWS = 1024  # rows of such a product; one step's rows if they are more. A row gives (3 * depth + 2) * width numbers.
 
 
 def modulations(net, y):
     """y [..., width] -> (shift, 1 + scale, gate) of each block, then (shift, 1 + scale) of the output."""
-    y, out = F.silu(y), []
+    out = []
     for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
         with tf32(layer is not net.output_modulation):
             parts = layer(y).unflatten(-1, (-1, y.shape[-1])).unbind(-2)
@@ -141,7 +141,7 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
     for k, i in enumerate(reversed(range(S))):
         if k % count == 0:  # the modulations of `count` steps ahead: i, i - 1, ..., first
             first = max(0, i + 1 - count)
-            mods = modulations(net, times[first:i + 1, None] + projected)            # each [i+1-first, N or 2N, width]
+            mods = modulations(net, F.silu(times[first:i + 1, None] + projected))    # each [i+1-first, N or 2N, width]
         out = body(net, x.repeat(len(z) // N, 1), mods, i - first, linear)
         eps, v = out[:N].chunk(2, dim=-1)
         if len(z) > N:
@@ -322,24 +322,15 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other: small tensors reuse memory, large ones take it from the system anew each time. For more than T rows `head_net`
-# embeds all T timesteps once and looks them up; SiLU(y) is computed once for all blocks. Exact: draws have equally
-# many rows, so the mean of their means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# other: small tensors reuse memory, large ones take it from the system anew each time. What all draws share is computed
+# once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean of their
+# means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
-def head_net(net, x_t, t, z):
-    """HeadNet.forward for many rows."""
-    with tf32(False):
-        x = net.input(x_t)                                                           # [N, width]
-        times = F.embedding(t, net.embed_time(torch.arange(T, device=t.device))) if t.numel() > T else net.embed_time(t)
-        y = F.silu(times + net.cond(z))
-        with tf32():
-            for block in net.blocks:
-                shift, scale, gate = block.modulation(y).chunk(3, dim=-1)
-                h = block.norm(x)
-                x = torch.addcmul(x, gate, block.mlp(torch.addcmul(h + shift, h, scale)))
-        shift, scale = net.output_modulation(y).chunk(2, dim=-1)
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-        return net.output(torch.addcmul(h + shift, h, scale))
+def head_net(net, z):
+    """-> a function (x_t, t, z) that is HeadNet.forward for this z."""
+    with torch.autocast(z.device.type, enabled=False), tf32(False):
+        times, projected = net.embed_time(torch.arange(T, device=z.device)), net.cond(z.float())
+    return lambda x_t, t, z: net.denoise(x_t, F.silu(F.embedding(t, times) + projected))
 
 
 def loss(model, latents, classes, codes, draws):
@@ -356,7 +347,7 @@ def loss(model, latents, classes, codes, draws):
         x = block(x, fused.context)
     z = model.decoder_norm(x[:, P + L - n:]) + rows_at(model.output_positions, at)                    # [B, n, D]
     x, z = rows_at(latents, at).flatten(0, 1), z.flatten(0, 1)                       # [N, C] and [N, D]
-    net = lambda x_t, t, z: head_net(model.head.net, x_t, t, z)
+    net = head_net(model.head.net, z)
     losses = [model.head.loss(x, z, t.gather(1, at).flatten(), rows_at(noise, at).flatten(0, 1), net).mean()
               for t, noise in zip(draws.t, draws.noise)]
     return torch.stack(losses).mean()

@@ -34,7 +34,7 @@ import generator
 import prior
 import sample
 from data import Cache, Folder, batches, find_images, tokenise
-from diffloss import HeadNet, tf32
+from diffloss import HeadBlock, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
 from fusion import FUSIONS, Attention
 from presets import PRESETS, sized, true_share
@@ -331,7 +331,7 @@ def resume(stage):
     if state is not None:
         ema.load_state_dict(state["ema"])
     for module in stage.trained.modules():  # in place: parameters keep their names, and the EMA stays as it is
-        if args.compile and isinstance(module, (Encoder, Decoder, *BLOCKS, HeadNet)):
+        if args.compile and isinstance(module, (Encoder, Decoder, *BLOCKS, HeadBlock)):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -132,7 +132,7 @@ def test_same_layers_may_use_tf32(head):
             layer.register_forward_hook(note)
     z, noise = torch.randn(2, N, D), torch.randn(4, N, HEAD_C)
     calls = (lambda: head.sample(*z, 3.0, 3, 1.0, noise), lambda: fast.sample_head(head, *z, 3.0, 3, 1.0, noise),
-             lambda: fast.head_net(head.net, torch.randn(2, N, HEAD_C), torch.randint(1000, (2, N)), z[0]))
+             lambda: fast.head_net(head.net, z[0])(torch.randn(2, N, HEAD_C), torch.randint(1000, (2, N)), z[0]))
     found = []
     for call in calls:
         with tf32():

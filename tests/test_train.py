@@ -5,6 +5,7 @@ import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,20 @@ def test_ema_keeps_no_graph(toy, copy_run, works, monkeypatch):
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda ema, *rest: (lerp(ema, *rest), graphs.append(ema[0].grad_fn)))
     works("train", "--stage", 1, "--preset", "toy", "--data", toy.cache, "--run", copy_run("vq", "kl"), "--steps", 3)
     assert graphs == [None] * 3
+
+
+@pytest.mark.parametrize("stage, kinds", [(0, {"Encoder", "Decoder"}), (1, {"Block"}), (2, {"Block", "HeadBlock"})])
+def test_flags_reach_the_blocks_that_run(toy, copy_run, works, monkeypatch, stage, kinds):
+    """A step calls what --compile has compiled, and checkpoints what --recompute names."""
+    def note(seen, function, *args, **more):
+        seen.add(type(function.__self__).__name__)
+        return function(*args)
+
+    compiled, recomputed = set(), set()
+    monkeypatch.setattr(torch, "compile", lambda call: partial(note, compiled, call))  # the compiler takes a minute
+    monkeypatch.setattr(train, "checkpoint", partial(note, recomputed))
+    works(*command(toy, stage, copy_run("vq", "kl", "prior"), 1, "--compile", "--recompute", "--fresh"))
+    assert compiled == kinds and recomputed == kinds & {"Block"}
 
 
 def test_frozen_table_is_the_priors(toy):
