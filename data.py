@@ -34,7 +34,7 @@ from runtime import UserError, barrier, print0, read_json, refuse, setup, sweep,
 from tokenizers import latent_scale
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 2**26  # per image: 64 million
+MAX_PIXELS = 2**26  # per image: 67 million
 FORMAT = 4   # of a cache
 CHUNK = 64   # images that go through the tokenizers together
 PARTS = 512  # files of a cache at most; training keeps all of them open
@@ -229,7 +229,7 @@ class Order:
 
 
 class Folder:
-    """Images of a folder, for the tokenizers: `batch(numbers)` -> float32 [n, 3, size, size] in [-1, 1]."""
+    """Images of a folder, for the tokenizers: `batch(numbers)` -> (images,), float32 [n, 3, size, size] in [-1, 1]."""
 
     def __init__(self, root: str, size: int, seed: int = 0):
         self.root, self.size, self.unreadable = root, size, []

@@ -60,11 +60,11 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
     caches, linear = [None] * c.layers, FewRows()
     for i in range(L):
         for n, block in enumerate(prior.blocks):
-            qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B, 3, H, 1, D/H]
+            qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B or 2B, 3, H, 1, D/H]
             qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
                 caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])
-            keys, values = caches[n]                                                 # each [B, H, L, D/H]
+            keys, values = caches[n]                                                 # each [B or 2B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
             x = x + linear(block.wo, y.flatten(1))
@@ -85,7 +85,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # y = SiLU(embedded time + projected z). SiLU is not linear, so each pair of step and token needs projections of its
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
-# where HeadNet.forward allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
+# where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
 
 ROWS = 1024  # rows of such a product; one step's rows if they are more. A row gives (3 * depth + 2) * width numbers.
 

@@ -164,10 +164,11 @@ def measure(args, world, images, features) -> dict:
 # ----------------------------------------------------------------------------------------------------- image sources
 
 class Images:
-    """`count` images of `size` [H, W] in a fixed order, from files (`names`) or not (None). `about`: for result.json.
+    """`count` images of `size` [H, W] in a fixed order. names: CLASS/FILE of each, or None. `about`: for result.json.
 
     batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, by
-    default the folders of the files. settings: those that drew them, by default the settings.json beside `path`."""
+    default the CLASS in `names`. settings: those that drew them, by default settings.json in the folder `path`, or in
+    the folder X for X.npz."""
 
     def __init__(self, path, content_hash, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
@@ -265,7 +266,7 @@ def open_reference(args, model: Inception):
     """A folder, an .npz of images, or a file of statistics, told apart by content. It must have what the metrics need.
 
     Statistics have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
-    ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. --save writes all, and `about`.
+    ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. --save writes the four, and `about`.
 
     -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None."""
     path, metrics = args.reference, args.metrics

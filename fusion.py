@@ -31,7 +31,8 @@ To add a sixth fusion:
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
     4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
-New sizes go to GeneratorConfig. fast.py needs no change: it computes one null image, whose codes `embed` ignores."""
+New sizes go to GeneratorConfig. fast.py needs no change. It computes the Fused of one null image and uses it for all,
+because `embed` ignores the codes of null images."""
 from typing import NamedTuple
 
 import torch

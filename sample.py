@@ -391,7 +391,7 @@ def parse():
 def prepare(args, run: Run, world):
     """Checks everything that can be wrong with a command before anything is drawn, and completes args:
 
-    grid, num, sampling, start (or None), labels (indices of classes; picture i is of class labels[i % len(labels)])."""
+    one_file (a grid as PNG), num, sampling, start (or None), labels: picture i is of class labels[i % len(labels)]."""
     args.one_file = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),

@@ -258,9 +258,10 @@ def border_filter(stride):
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
     latent depends on pixels up to half a tile beyond the borders, and going back, its error fades into the neighbours.
-    This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). It keeps the sums of pixels that mirror
-    each other at the border, and V rotates their differences. Going back, V.T takes their DCT-II coefficients for those
-    of DCT-IV, whose waves are all 0 at the border: an edge (equal differences) becomes the lowest of them, a slope."""
+    This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Pixels that mirror each other at the
+    border have a sum, which stays, and a difference. A rotation V acts on the n differences, and V.T on the way back.
+    An edge is n equal differences. V.T turns them into a slope: a quarter of a cosine wave, 0 at the border. It does
+    so for every wave, because it computes DCT-II coefficients and sums the waves of DCT-IV, all 0 at the border."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -268,7 +269,8 @@ def border_filter(stride):
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
     butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
-    rotation = torch.block_diag(one, flip @ dct2.T @ dct4 @ flip)                   # V is the second block
+    V = flip @ dct2.T @ dct4 @ flip  # `flip` puts the border last: DCT-IV's waves are 0 at i = n - 1/2
+    rotation = torch.block_diag(one, V)
     return (butterfly @ rotation @ butterfly / 2).float()
 
 

@@ -14,7 +14,7 @@ train-N.pt and train-N.previous.pt, samples in grids/, and log.jsonl. A resumed 
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout,
-only if passes are of equal size). SIGTERM and Ctrl-C end a run after the step, saved."""
+only if passes are of equal size). SIGTERM and Ctrl-C end a run after this step or the next, saved."""
 import argparse
 import math
 import os
@@ -493,8 +493,9 @@ def train_all(args, world):
         mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n], "data": source})
         if i == 1:  # between tokenizers and the rest; makes only what is missing
             tokenise(args.data, args.run, source, world)
-        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]  # none: brought by the user
-        if len(missing) < len(KINDS[n]) and n not in plan["begun"] and not os.path.exists(state_path(mine)):
+        missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
+        ours = n in plan["begun"] or os.path.exists(state_path(mine))
+        if not ours and len(missing) < len(KINDS[n]):  # the user brought weights: all of this stage, or it is a mistake
             refuse([(missing, f"{args.run} has no {''.join(missing)}.pt; train it first, with --stage 0 --only")])
             print0(f"stage {n} is skipped: {args.run} has the {' and '.join(KINDS[n])} of another training")
             continue
