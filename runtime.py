@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # of this start only: set by faults.meet
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # of this start only: set by faults.Pulse
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)

@@ -459,7 +459,7 @@ SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training
 def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:
     """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-    per_step: seconds of a step. least: steps done. -> the steps of this stage, which resumed runs keep."""
+    per_step: seconds of its first steps; later ones are not measured. least: steps done. -> its steps, in all."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
     fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / per_step)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))
@@ -476,7 +476,7 @@ def train_all(args, world):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
     args.fresh, plan = False, read_json(inside("plan.json"))
-    if plan is None:  # hours in all or None; of each stage its steps, and its seconds once they are measured
+    if plan is None:  # hours in all or None; of each stage its steps, and its seconds once fix_steps computes them
         images = len(find_images(args.data)[0])
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
         plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
