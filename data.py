@@ -402,7 +402,7 @@ def finish(out, h, paths, file_scale):
     write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, latent scale {scale:.4f}")
     if file_scale and abs(scale / file_scale - 1) > 0.05:
-        print0(f"note: kl.pt says {file_scale:.4f}, more than 5% away; it was probably measured on other images")
+        print0(f"note: kl.pt says {file_scale:.4f}, over 5% away (other images?); training uses that of kl.pt")
 
 
 # --------------------------------------------------------------------------------- toy pictures and the command line

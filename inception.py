@@ -6,8 +6,8 @@
     logits   [B, 1008]  for the Inception Score, without the classifier's bias
 
 The architecture is Inception v3 (Szegedy et al. 1512.00567) under torchvision's names, as in the weights file that
-pytorch-fid and torch-fidelity publish. This graph differs from torchvision's model in three points: average pooling
-does not count the padding, the last block pools by maximum, and the weights come from another training."""
+pytorch-fid and torch-fidelity publish. This graph has 1008 classes, no auxiliary classifier, and other weights than
+torchvision's model; its average pooling does not count the padding, and its last block pools by maximum."""
 import hashlib
 import os
 import re

@@ -153,7 +153,7 @@ class Start:
     codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
     latents: torch.Tensor        # [L, C]
     keep: torch.Tensor           # [L] bool, tokens whose latents are known
-    shown: Samples               # a batch of one: the picture, grey where it is drawn anew; its own decoded codes
+    shown: Samples               # a batch of one: the picture, for --edit with grey where it is drawn; decoded codes
 
 
 @torch.inference_mode()
