@@ -259,9 +259,9 @@ def border_filter(stride):
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
     latent depends on pixels up to half a tile beyond the borders, and going back, its error fades into the neighbours.
     This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Pixels that mirror each other at the
-    border have a sum, which stays, and a difference. Going back, V.T takes the n differences apart into the waves of
-    DCT-II, and each becomes the wave of the same number in DCT-IV, which is 0 at the border. An edge is n equal
-    differences, wave 0: it becomes a slope, a quarter of a cosine. On the way to the latents V undoes this."""
+    border have a sum, which stays, and a difference. The n differences are multiplied by V on the way to the latents,
+    and by V.T on the way back. V.T turns each wave of DCT-II into the wave of DCT-IV with the same number, which is 0
+    at the border. So an edge, n equal differences (wave 0), comes back as a slope: a quarter of a cosine."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
