@@ -257,7 +257,7 @@ def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
-    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades into the neighbours.
+    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades out beyond them.
     This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Pixels that mirror each other at the
     border have a sum, which stays, and a difference. The n differences are multiplied by V on the way to the latents,
     and by V.T on the way back. V.T turns each wave of DCT-II into the wave of DCT-IV with the same number, which is 0
