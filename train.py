@@ -459,7 +459,7 @@ SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training
 def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:
     """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
 
-    per_step: seconds of its first steps; later ones are not measured. least: steps done. -> its steps, in all."""
+    per_step: seconds of a step, measured on this stage's first ones. least: steps done. -> its steps in all."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
     fitting = int(left * SHARES[stage] / sum(SHARES[n] for n in stages) / per_step)
     plan["steps"][stage] = steps = min(plan["steps"][stage], max(least, fitting))

@@ -201,11 +201,11 @@ def test_flags_reach_the_blocks_that_run(toy, copy_run, works, monkeypatch, stag
     """A step calls what --compile has compiled, and checkpoints what --recompute names."""
     def note(seen, function, *args, **more):
         seen.add(type(function.__self__).__name__)
-        return function(*args)
+        return function(*args, **more)
 
     compiled, recomputed = set(), set()
     monkeypatch.setattr(torch, "compile", lambda call: partial(note, compiled, call))  # the compiler takes a minute
-    monkeypatch.setattr(train, "checkpoint", partial(note, recomputed))
+    monkeypatch.setattr(train, "checkpoint", lambda function, *args, use_reentrant: note(recomputed, function, *args))
     works(*command(toy, stage, copy_run("vq", "kl", "prior"), 1, "--compile", "--recompute", "--fresh"))
     assert compiled == kinds and recomputed == kinds & {"Block"}
 
