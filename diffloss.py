@@ -68,7 +68,7 @@ class Schedule:
         self.abar = [every_abar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]
         self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # every_beta, if every timestep is kept
-        # x_t = signal * x + sigma * eps, DDPM Eq. 4 (DDPM counts t from 1, we from 0); x_0 is x, the clean token
+        # x_t = signal * x + sigma * eps, DDPM Eq. 4. Our t counts from 0, DDPM's from 1; x_0 is the clean token x
         self.signal = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # the same solved for x_0 = x_from_xt * x_t - x_from_eps * eps
@@ -170,8 +170,8 @@ class DiffusionHead(nn.Module):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
-        The bound is a sum over 1000 steps, which IDDPM weights by 0.001. The product is the mean over the steps; the
-        term of one random t estimates it without any weight. It trains only v. net: a faster self.net (fast.py)."""
+        The bound is a sum over 1000 steps. IDDPM weights it by 0.001, which makes it the mean over the steps, and the
+        term of one random t estimates this mean as it is. It trains only v. net: a faster self.net (fast.py)."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t

@@ -7,8 +7,8 @@
 
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
-assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. A section
-says what is rewritten, why that is exact, and what it saves: plain time over fast, on two CPU cores (docs/speed.md)."""
+assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Every
+section says what is rewritten, why it is exact, and what it saves: plain time over fast on 2 cores (docs/speed.md)."""
 from typing import NamedTuple
 
 import torch
@@ -202,7 +202,7 @@ class Graphs:
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
-# Exact: each row is computed from the same rows. With the loop above it saves a factor of 1.7 (MAR-B, 64 iterations).
+# Exact: each row is computed from the same rows. With the head's loop it saves a factor of 1.7 (MAR-B, 64 iterations).
 
 class Prepared(NamedTuple):
     """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""

@@ -26,7 +26,7 @@ rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attenti
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (of class tokens) if not n.
+    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (P's class tokens) where not n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L_q, D]; make a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.

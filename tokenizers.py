@@ -7,7 +7,7 @@
     KL.decode   latents [B, L, C]                  -> images
 
 Z is z_channels. Usually C = Z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
-C = Z*m*m and L = h*h/(m*m). VQ and KL may differ in f. Official: f = 16, 256 x 256 pixels, 256 codes, 256 latents.
+C = Z*m*m and L = h*h/(m*m). VQ and KL may differ in f. LlamaGen, MAR: f = 16, 256 x 256 pixels, 256 codes, 256 latents.
 
 Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). The default sizes are those of LlamaGen's
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
@@ -257,11 +257,11 @@ def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
-    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades out beyond them.
-    This is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Pixels that mirror each other at the
-    border have a sum, which stays, and a difference. The n differences are multiplied by V on the way to the latents,
-    and by V.T on the way back. V.T turns each wave of DCT-II into the wave of DCT-IV with the same number, which is 0
-    at the border. So an edge, n equal differences (wave 0), comes back as a slope: a quarter of a cosine."""
+    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades out beyond them. This
+    is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Take the n = stride / 2 pairs of pixels that
+    mirror each other at the border. Their sums stay. Their differences are multiplied by an orthogonal matrix: V on the
+    way to the latents, V.T on the way back. An edge at the border is n equal differences. V.T makes a slope of them: a
+    quarter of a cosine, 0 at the border. For V.T maps wave k of DCT-II (wave 0 is constant) to wave k of DCT-IV."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
