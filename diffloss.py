@@ -171,7 +171,7 @@ class DiffusionHead(nn.Module):
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
         The bound is a sum over 1000 steps. IDDPM weights it by 0.001, which makes it the mean over the steps, and the
-        term of one random t estimates this mean as it is. It trains only v. net: a faster self.net (fast.py)."""
+        term of one random t estimates this mean as it is. Its gradient passes through v alone. net: see fast.py."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t

@@ -218,8 +218,8 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the learned mask token; MixAR puts it in its place. The encoder sees no mask tokens,
-    and so no codes. If a token has k x k codes, each gets D/k^2 of its channels; this is our extension."""
+    """Adds the embedded code to the learned mask token, which MixAR replaces by the code. The encoder sees no mask
+    tokens, and so no codes. If a token has k x k codes, each gets D/k^2 of its channels; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)

@@ -38,7 +38,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # n of fusion.py: class tokens in front; with most fusions all P rows of the prefix
+    prefix: int = 64           # n of fusion.py: rows in front of the tokens, class tokens with most fusions
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token

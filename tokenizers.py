@@ -260,8 +260,8 @@ def border_filter(stride):
     latent depends on pixels up to half a tile beyond the borders, and going back, its error fades out beyond them. This
     is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Take the n = stride / 2 pairs of pixels that
     mirror each other at the border. Their sums stay. Their differences are multiplied by an orthogonal matrix: V on the
-    way to the latents, V.T on the way back. An edge at the border is n equal differences. V.T makes a slope of them: a
-    quarter of a cosine, 0 at the border. For V.T maps wave k of DCT-II (wave 0 is constant) to wave k of DCT-IV."""
+    way to the latents, V.T on the way back. V.T maps wave k of DCT-II to wave k of DCT-IV. An edge at the border
+    is n equal differences, wave 0 of DCT-II. V.T makes a slope of it: a quarter of a cosine, 0 at the border."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -329,7 +329,7 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """One channel is a constant. Normalising loses a length, but a length beside a constant becomes an angle."""
+        """One channel is a constant: normalising loses the length of a vector, but not its ratio to the constant."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
         axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                      # mean length 1, the constant's size
