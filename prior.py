@@ -4,7 +4,7 @@ D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i, the last row is unused
+    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i
     .draw(B, generator)                      -> drop [B] for a training step: which images lose their class
     .loss(codes, classes, drop)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
@@ -67,10 +67,11 @@ def rope_table(grid, head_dim, base=10000.0):
 
 
 def rotate(x, table):
-    """Rotates channel pairs (2i, 2i+1) of x [..., rows, head_dim] by the angles of table [rows, head_dim/2, 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # [..., rows, head_dim/2]
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """Rotates channel pairs (2i, 2i+1) of x [..., rows, head_dim] by the angles of table [rows, head_dim/2, 2].
+
+    A pair (a, b) is the complex number a + ib; the product with cos + i sin turns it."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())            # [..., rows, head_dim/2]
+    return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).type_as(x)
 
 
 class Block(nn.Module):
@@ -140,7 +141,7 @@ class Prior(nn.Module):
     def loss(self, codes, classes, drop=None):
         """Mean cross-entropy in nats per code. drop [B] bool: images whose class becomes null; None: no class does."""
         classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
-        logits = self(codes, classes)[:, :-1]                                                # no code follows the last
+        logits = self(codes[:, :-1], classes)                                                # no code follows the last
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def resample(self, codes, classes, uniform):
@@ -151,7 +152,7 @@ class Prior(nn.Module):
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         with torch.inference_mode():
-            drawn = torch.cat([pick(self(c, y)[:, :-1], u) for c, y, u in parts])
+            drawn = torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])
         return drawn.clone()  # autograd accepts no tensor of inference mode; the clone is a normal one
 
     def mixture(self, codes, classes, share, uniform):
