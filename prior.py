@@ -123,7 +123,7 @@ class Prior(nn.Module):
         nn.init.zeros_(self.output.weight)  # the first loss is ln K
 
     def forward(self, codes, classes):
-        """codes [B, L] int64, classes [B] int64 (config.classes = null) -> logits [B, L+1, K] fp32."""
+        """codes [B, L] or the first of them, classes [B]; int64, null: config.classes -> logits [B, L+1, K] fp32."""
         x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, L+1, D]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
