@@ -17,10 +17,10 @@ tokens that it draws together. fast.py holds the same sampler in a faster form.
 Precision. When sample takes 100 steps, the first one multiplies an error of eps by 316 (x_from_eps * mean_x0, below),
 because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
 the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in loss and sample.
-HeadNet.forward keeps all but the blocks in fp32. `input` needs it because a sum of only C products averages no errors
-away, `output` because the factor 316 comes next; they and the embeddings are cheap. The blocks may round the inputs of
-their products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained head (100
-steps, rounding imitated on a CPU, RMS of change over RMS of samples): TF32 in the blocks 0.5%, bf16 everywhere 15%."""
+HeadNet.forward keeps all but the blocks in fp32. `input` needs it because in sums of only C products errors do not
+cancel, `output` because 316 multiplies its errors; they and the embeddings are cheap. The blocks may round the inputs
+of their products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained head
+(100 steps, rounding imitated on a CPU, RMS of change over RMS of samples): TF32 in blocks 0.5%, bf16 throughout 15%."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Schedule:
         self.abar = [every_abar[t] for t in self.timesteps]
         previous = [1.0] + self.abar[:-1]
         self.beta = [1 - a / p for a, p in zip(self.abar, previous)]  # every_beta, if every timestep is kept
-        # x_t = signal * x + sigma * eps, DDPM Eq. 4. Our t counts from 0, DDPM's from 1; x_0 is the clean token x
+        # x_t = signal * x + sigma * eps, DDPM Eq. 4. Our t = 0 is DDPM's t = 1, one step of noise; x_0 is the clean x
         self.signal = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # the same solved for x_0 = x_from_xt * x_t - x_from_eps * eps
@@ -170,8 +170,8 @@ class DiffusionHead(nn.Module):
         """x [N, C] clean, z [N, D] -> [N]: squared error of the noise plus a term of the bound in bits, means over C.
 
         t [N] int64 and noise [N, C] are drawn when None; t [M, N] and noise [M, N, C] give M draws per row: [M, N].
-        The bound is a sum over 1000 steps. IDDPM weights it by 0.001, which makes it the mean over the steps, and the
-        term of one random t estimates this mean as it is. Its gradient passes through v alone. net: see fast.py."""
+        The bound is a sum over 1000 steps. IDDPM weights it by 0.001, which makes it the mean over the steps; the term
+        of one random t estimates that mean. Its gradient passes through v alone. net replaces self.net, see fast.py."""
         with torch.autocast(x.device.type, enabled=False):
             x, z = x.float(), z.float()
             t = torch.randint(T, (len(x),), device=x.device) if t is None else t
@@ -198,7 +198,7 @@ class DiffusionHead(nn.Module):
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
         is never used, because no noise is added at t = 0; it is there because the official code draws it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
-        t_max, from noise[0] too: it skips the noisiest steps, which amplify the errors of a briefly trained head."""
+        t_max, still from noise[0]: it skips the noisiest steps, which amplify the errors of a briefly trained head."""
         N, C = len(z), self.config.token_dim
         s = Schedule(spaced_timesteps(steps, t_max))
         guided = cfg != 1

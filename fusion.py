@@ -26,7 +26,7 @@ rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attenti
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
-    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (P's class tokens) where not n.
+    1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (its class tokens) if not n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L_q, D]; make a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
@@ -178,7 +178,7 @@ class CodeFusion(Fusion):
         self.embedding.weight.data.copy_(table / table.std())
 
     def embed(self, codes, is_null):
-        """codes [B, L_q], is_null [B] -> h_q [B, L_q, D] (MaskTokenFusion: narrower). D2C Eq. 4, plus a position."""
+        """codes [B, L_q], is_null [B] -> h_q [B, L_q, D] (MaskTokenFusion: D/k^2). D2C Eq. 4, plus a position."""
         if codes is None:
             raise ValueError("this generator's fusion needs codes; codes=None is for fusion 'none'")
         e = torch.where(is_null[:, None, None], self.fake_code, self.embedding(codes))  # [B, L_q, code_dim]
@@ -218,8 +218,8 @@ class PrefixFusion(CodeFusion):
 
 
 class MaskTokenFusion(CodeFusion):
-    """Adds the embedded code to the learned mask token, which MixAR replaces by the code. The encoder sees no mask
-    tokens, and so no codes. If a token has k x k codes, each gets D/k^2 of its channels; this is our extension."""
+    """Adds the embedded code to the learned mask token; in MixAR the code replaces that token. The encoder sees no mask
+    tokens, and so no codes. If a token has k x k codes, each fills D/k^2 of its channels; this is our extension."""
 
     def __init__(self, c):
         super().__init__(c)

@@ -164,7 +164,7 @@ class Generator(nn.Module):
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # row by row, the prefix too
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # all encoded rows, prefix included
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
@@ -216,7 +216,7 @@ class Generator(nn.Module):
         steps           diffusion steps per token: an int, or a list with an int per iteration
         cfg             strength of guidance; 1 is none
         schedule        `constant`, or `linear`: guidance grows with the share of drawn tokens up to cfg
-        cfg_from        iterations whose guidance is below this number skip the null branch
+        cfg_from        iterations whose guidance is below this number skip the null branch, half their work
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
         orders [B, L]   a permutation of the positions per image; drawn from its end, as in MAR
@@ -253,7 +253,7 @@ class Plan:
     masked: list           # tokens per image that are still masked after each iteration
     cfg: list              # guidance of each iteration; 1: none
     steps: list            # diffusion steps of each iteration
-    generators: list       # one per image; entries are all the same, or None, if the caller gave no list
+    generators: list       # one per image; without a list, the caller's one generator or None each time
 
     def draw_noise(self, k, C):
         """The head's noise in iteration k, [steps+1, N, C], image by image from the generators."""
@@ -276,7 +276,7 @@ def make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generato
     generators = generator if isinstance(generator, list) else [generator] * B
     if orders is None:
         orders = torch.stack([torch.rand(L, generator=g, device=device) for g in generators]).argsort(1)
-    if kept:  # kept tokens (mask 0) go to the end of the order, as if drawn already; others keep theirs
+    if kept:  # a stable sort: kept tokens (mask 0) to the end, as if drawn already; the others stay in order
         orders = orders.gather(1, mask.gather(1, orders).argsort(dim=1, descending=True, stable=True))
     masked = masked_counts(L - kept, iterations)
     # As in MAR, the last iteration counts 1 masked token instead of 0, so its guidance is slightly below cfg.
@@ -299,6 +299,6 @@ def masked_counts(L, iterations):
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))
-        now = max(1, min(now - 1, m))
+        now = min(now - 1, m)  # at least 1, as iterations <= L
         counts.append(now)
     return counts + [0]

@@ -67,10 +67,10 @@ def rope_table(grid, head_dim, base=10000.0):
 
 
 def rotate(x, table):
-    """Rotates channel pairs (2i, 2i+1) of x [..., rows, head_dim] by the angles of table [rows, head_dim/2, 2].
+    """Rotates channel pairs (2i, 2i+1) of x [..., n, head_dim] by the angles of table [n, head_dim/2, 2].
 
     A pair (a, b) is the complex number a + ib; the product with cos + i sin turns it."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())            # [..., rows, head_dim/2]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())            # [..., n, head_dim/2]
     return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).type_as(x)
 
 
@@ -123,8 +123,8 @@ class Prior(nn.Module):
         nn.init.zeros_(self.output.weight)  # the first loss is ln K
 
     def forward(self, codes, classes):
-        """codes [B, L] or the first of them, classes [B]; int64, null: config.classes -> logits [B, L+1, K] fp32."""
-        x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, L+1, D]
+        """First n codes [B, n] int64, n <= L; classes [B] int64, null: config.classes -> logits [B, n+1, K] fp32."""
+        x = torch.cat([self.class_embedding(classes)[:, None], self.code_embedding(codes)], dim=1)  # [B, n+1, D]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, self.rope[:x.shape[1]])
@@ -156,7 +156,7 @@ class Prior(nn.Module):
         return drawn.clone()  # autograd accepts no tensor of inference mode; the clone is a normal one
 
     def mixture(self, codes, classes, share, uniform):
-        """Keeps each true code with probability `share`, else takes the resampled one. Call eval() first.
+        """Keeps each true code with probability `share`, else takes the resampled one: 0 is D2C. Call eval() first.
 
         uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others."""
         if share == 1:
@@ -230,7 +230,7 @@ def pick(logits, uniform):
     per code, from a generator per image, the random numbers of an image do not depend on the batch it is drawn in."""
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                                   # 1 up to rounding
-    # Rounding may make uniform * total equal to total. No sum exceeds total, and the index would be K, so stay below.
+    # If rounding made the target equal to total, no sum would be above it and the index would be K: so it stays below.
     target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return (cumulative <= target).sum(-1)                          # the index of the first sum above the target
 

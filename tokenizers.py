@@ -7,7 +7,7 @@
     KL.decode   latents [B, L, C]                  -> images
 
 Z is z_channels. Usually C = Z and L = h*h; with config.merge = m, squares of m x m positions become one latent, so
-C = Z*m*m and L = h*h/(m*m). VQ and KL may differ in f. LlamaGen, MAR: f = 16, 256 x 256 pixels, 256 codes, 256 latents.
+C = Z*m*m and L = h*h/(m*m). VQ and KL may differ in f. With f = 16 (LlamaGen, MAR) 256x256 pixels have 256 tokens.
 
 Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). The default sizes are those of LlamaGen's
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
@@ -47,12 +47,12 @@ class KLConfig:
     encoder_attention: bool = True    # at the lowest resolution, besides the attention in the middle
     decoder_attention: bool = False   # MAR's kl16 has none here; CompVis' kl-f16 and VA-VAE have it
     scale: float | None = 0.2325      # 1 / std of the latents, here of MAR's kl16.ckpt; None: not measured yet
-    blocks: int = 2                   # these four as in VQConfig
+    blocks: int = 2                   # this and the next three as in VQConfig
     unshuffle: int = 1
     linear_path: bool = False
     lapped: bool = False
     merge: int = 1                    # m: m x m positions make one latent of m^2 Z channels (MAR's patch_size)
-    noise: float = 0.0                # training: the most noise added to latents, in their standard deviations
+    noise: float = 0.0                # training: the largest std of the noise that is added to latents, over theirs
 
     @property
     def token_dim(self):  # C
@@ -145,8 +145,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, Z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
-    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u]. Each pixel of that picture
-    mixes the latents of several tiles; where it is wrong, the convolutions can correct it."""
+    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u] (see Autoencoder). Each
+    pixel of it mixes latents of several tiles. Without c.lapped it depends on one latent, which x holds already."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
         at each edge of the image has no neighbour and stays as it is."""
         if not self.config.lapped:
             return images
-        half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T applies M
+        half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T is M @ row; @ M undoes it
         for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
             across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix        # [..., borders, stride]
             images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
@@ -220,9 +220,9 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_linear_path(self, images, generator=None):
-        """Sets the linear path, and VQ's codebook, from images [N, 3, H, W]. The model must be new, and on the CPU.
+        """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU. The model must be new.
 
-        VQ and KL have a `fit` each. This calls it in float64, so that machines hardly differ in float32."""
+        VQ and KL have a `fit` each. It runs in float64: rounded to fp32, its result hardly depends on the machine."""
         self.double().fit(images.double(), generator)
         self.float()
 
@@ -257,18 +257,18 @@ def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
-    latent depends on pixels up to half a tile beyond the borders, and going back, its error fades out beyond them. This
-    is a lapped transform (Malvar & Staelin 1989; Tran, Liang & Tu 2003). Take the n = stride / 2 pairs of pixels that
-    mirror each other at the border. Their sums stay. Their differences are multiplied by an orthogonal matrix: V on the
-    way to the latents, V.T on the way back. V.T maps wave k of DCT-II to wave k of DCT-IV. An edge at the border
-    is n equal differences, wave 0 of DCT-II. V.T makes a slope of it: a quarter of a cosine, 0 at the border."""
+    latent depends on pixels up to half a tile beyond the borders, and its error e passes them smoothly: it is e/2 on
+    both sides of a border and falls to -e/5, where it ends. It is a lapped transform (Malvar & Staelin 1989; Tran and
+    others 2003). Of the n = stride / 2 pairs of pixels that mirror each other at the border, the sums stay. Differences
+    are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way back. V.T turns wave k of DCT-II
+    into wave k of DCT-IV, which is 0 at the border: n equal differences (an edge) become a quarter of a cosine."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
     dct2[0] /= 2**0.5
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, first at the border
     V = flip @ dct2.T @ dct4 @ flip  # `flip` puts the border last: DCT-IV's waves are 0 at i = n - 1/2
     rotation = torch.block_diag(one, V)
     return (butterfly @ rotation @ butterfly / 2).float()
@@ -320,7 +320,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> their indices."""
+        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> which ones."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -329,7 +329,7 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """One channel is a constant: normalising loses the length of a vector, but not its ratio to the constant."""
+        """One channel is constant. Normalising loses a vector's length, but not the ratio of length to constant."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
         axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                      # mean length 1, the constant's size
@@ -416,7 +416,7 @@ class KL(Autoencoder):
 
 def latent_scale(batches):
     """An iterable of moments [n, 2Z, h, h] -> 1 / std of posterior samples, computed from their means and variances."""
-    n = total = squares = 0.0  # float64
+    n = total = squares = 0.0  # tensors of float64 after the first batch
     for moments in batches:
         mean, logvar = (x.double() for x in KL.posterior(moments.cpu()))
         n, total, squares = n + mean.numel(), total + mean.sum(), squares + (mean**2 + logvar.exp()).sum()
