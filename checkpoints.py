@@ -8,8 +8,8 @@
     python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
     python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
 
-A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file, renamed: LlamaGen's vq_ds16_c2i.pt;
-MAR's kl16.ckpt, CompVis' kl-f16, VA-VAE's f16; LlamaGen's c2i_{B,L,XL,XXL}; MAR's checkpoint-last.pth."""
+A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file, renamed. vq: LlamaGen's vq_ds16_c2i;
+kl: MAR's kl16, CompVis' kl-f16, VA-VAE's f16; prior: LlamaGen's c2i_{B,L,XL,XXL}; generator: MAR's checkpoint-last."""
 import argparse
 import csv
 import hashlib
@@ -38,12 +38,12 @@ MODULES = {"vq": VQ, "kl": KL, "prior": Prior, "generator": Generator}
 # ------------------------------------------------------------------------------------------------------- own files
 
 def checksum(state: dict) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all tensors in a nested dict, 16 hex digits."""
+    """SHA-256 over all tensors (names, types, shapes, bytes) and other values of a nested dict, 16 hex digits."""
     digest = hashlib.sha256()
 
     def visit(name, value):
         if isinstance(value, dict):
-            for k in sorted((k for k in value if k != "checksum"), key=str):  # `write` adds this entry afterwards
+            for k in sorted((k for k in value if k != "checksum"), key=str):  # it holds the sum itself
                 visit(f"{name}/{k}", value[k])
         elif isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -75,7 +75,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 
 def read(path: str) -> dict:
-    """The content of a torch file. Refuses with a sentence what is absent, no torch file, damaged, or holds code."""
+    """The content of a torch file. Refuses a file that is absent, damaged, not torch's, or holds code."""
     refuse([(not os.path.isfile(path), f"{path} is not there; train it or put an official file under this name")])
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
@@ -107,7 +107,7 @@ def newest(path: str) -> dict | None:
             raise
         print0(f"note: {error} Continuing from {files[1]}, the training state before it.")
         content, damaged = read(files[1]), True
-    barrier()  # every rank has read
+    barrier()  # every rank must have read before rank 0 renames
     if damaged and is_first():  # the next save would otherwise keep the damaged file in place of the good one
         os.replace(path, f"{path}.damaged")
     return content
@@ -121,7 +121,7 @@ def save_state(path: str, kind: str, configs: dict, **content):
 def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
     """-> the training state to resume from, or None for a new training. All ranks call it.
 
-    A new training moves away the files of another one that are in its way: the weights, and with `fresh` the states."""
+    For a new training it moves away what an earlier one left in its place: weights, and with `fresh` states."""
     if is_first():
         sweep(os.path.dirname(path))
     if fresh:
@@ -159,28 +159,28 @@ def load(path: str, kind: str, ema: bool = True):
 
 
 def load_model(path: str, kind: str, device="cpu"):
-    """-> our module with the weights of `path`, frozen, in eval mode. Its `about` is what else a file of ours holds."""
+    """-> our module with the weights of `path`, frozen, in eval mode. `about`: other entries of a file of ours."""
     content = read(path)
     config, state = parse(path, kind, content)
     if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{path} holds values that are not finite, in {bad[0]!r}; it is damaged or badly trained.")
     model = MODULES[kind](config)
     model.load_state_dict(state)
-    weights = ("format", "kind", "config", "state", "checksum")
-    model.about = {k: v for k, v in content.items() if k not in weights} if "format" in content else {}
+    known = ("format", "kind", "config", "state", "checksum")
+    model.about = {k: v for k, v in content.items() if k not in known} if "format" in content else {}
     model = model.eval().requires_grad_(False).to(device)
     return model.to(memory_format=torch.channels_last) if kind in ("vq", "kl") else model  # faster convolutions
 
 
 def refuse_other(path: str, model, wanted: dict):
     """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
-    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}  # about's classes: their names
+    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}  # with names of classes
     if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
         raise UserError(f"{path} was trained on another cache, with other {', '.join(other)}; train it with --fresh.")
 
 
 def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """`load` of a file whose content `read` returned. Refuses a state that has not exactly our module's tensors."""
+    """As `load`, from the content that `read` returned. Refuses a state that has not exactly our module's tensors."""
     if (found := kind_of(path, content)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
     if "format" in content:
@@ -207,7 +207,7 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
 
 
 def kind_of(path: str, content: dict) -> str:
-    """vq, kl, prior or generator. Our files say it; an official file shows it by a tensor that no other kind has."""
+    """vq, kl, prior, generator or train-N. Our files say it; an official file has a tensor that no other kind has."""
     if "format" in content:
         return content["kind"]
     kinds = [kind for kind, (mark, _, _) in OFFICIAL.items() if mark in official_state(content)]
@@ -228,16 +228,16 @@ def read_classes(path: str) -> dict | None:
 
 # -------------------------------------------------------------------------------------------------- official layouts
 # `official_state` finds the tensors of an official file. `parse` gives each our name, lets a convert function read the
-# config from their shapes, and refuses unknown and absent tensors. The name of the file says nothing.
+# config from their shapes, and refuses unknown and absent tensors. The file's name is not looked at.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
-IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # by our modules
+IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # starts of names
 
 
 def official_state(content: dict, ema: bool = True) -> dict:
     """The tensors of an official file, without the prefixes that DDP and torch.compile put before their names."""
     entries = (content.get(name) for name in (EMA if ema else ()) + RAW)
-    state = next((entry for entry in entries if isinstance(entry, dict)), content)  # the last: a bare state dict
+    state = next((entry for entry in entries if isinstance(entry, dict)), content)  # content: a bare state dict
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()
             if isinstance(k, str) and isinstance(v, torch.Tensor)}
 

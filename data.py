@@ -8,7 +8,7 @@ An image folder has one folder per class. A file `classes.tsv` in it (columns fo
 external id and name; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet is the usual index.
 
 The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
-crop. Training therefore runs no encoder. `header.json` says what data.py made the cache from, and which images could
+crop. So stages 1 and 2 run no encoder. `header.json` says what data.py made the cache from, and which images could
 not be read. `part-000.npy`, `part-001.npy`, ... are arrays [n, V] of entries (`entry_type`), one for each view of each
 image. The file of a part is either whole or absent. After a stop, the same command makes the missing parts.
 
@@ -92,7 +92,7 @@ def read_image(path: str, size: int | None, upright=True) -> np.ndarray | None:
 def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
     """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
 
-    A random crop depends on the picture, the key and the view's number only: not on stops or the number of ranks."""
+    key: the seed and the picture's number. With the view's number it decides a random crop, on any number of ranks."""
     image = open_image(path, size)
     if image is None:
         return None
@@ -103,7 +103,7 @@ def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None
 
 
 def refuse_many(bad: list, paths: list, then=""):
-    """Raises if more than 1% of the images cannot be read. `then` ends the sentence. Callers skip fewer than that."""
+    """Raises if more than 1% of the images cannot be read; callers skip fewer. `then` ends the sentence."""
     refuse([(len(bad) > 0.01 * len(paths), f"{len(bad)} of {len(paths)} images cannot be read, more than 1%, e.g. "
              f"{''.join(bad[:1])}; repair or remove them{then}")])
 
@@ -126,7 +126,7 @@ def find_images(root: str):
     classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
     ids = [identity for identity, _ in classes.values()]
     if len(set(ids)) < len(ids):
-        raise UserError(f"{root}/classes.tsv gives the id {max(ids, key=ids.count)} twice; every class needs its own.")
+        raise UserError(f"{root}/classes.tsv has the id {max(ids, key=ids.count)} more than once; give each its own.")
     if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/classes.tsv has no line for the folder {min(unknown)}; add one or remove the file.")
     folders = [f for f in classes if f in files]
@@ -141,7 +141,7 @@ def find_images(root: str):
 
 def entry_type(h: dict) -> np.dtype:
     """One view of one image, in a cache with header h."""
-    n, g, z = h["grid"] ** 2, h["latent_grid"], h["channels"]  # of the KL encoder, before KL.sample merges
+    n, g, z = h["grid"] ** 2, h["latent_grid"], h["channels"]  # codes; side and channels of KL's map
     return np.dtype([("codes", np.uint16, (n,)),              # of the VQ tokenizer, in raster order
                      ("moments", np.float16, (2 * z, g, g)),  # of the KL tokenizer: mean and log-variance
                      ("label", np.int32),                     # the class; -1 where the image could not be read
@@ -153,7 +153,7 @@ def sums(entries: np.ndarray) -> np.ndarray:
 
 
 def checked(entries: np.memmap) -> np.ndarray:
-    """A copy of entries of a part, in memory, after a look at their checksums."""
+    """Copies entries of a part into memory; refuses them if their checksums do not fit."""
     copy = np.array(entries)
     if (copy["sum"] != sums(copy)).any():
         raise UserError(f"{entries.filename} is damaged: its checksums do not fit; {AGAIN}.")
@@ -199,14 +199,14 @@ def read_header(path: str) -> dict:
 # ------------------------------------------------------------------------------------------------ what training reads
 
 class Order:
-    """Sample number, counted from the start of training -> (image, view).
+    """order(sample numbers, counted from the start of training) -> images and views.
 
     Every epoch is a new permutation of the images; each shows one view, drawn at random. With `labels`, one per image,
-    an epoch has about as many images, equally many per class: small classes repeat, large ones leave out."""
+    an epoch has about as many images, equally many per class: small classes repeat some, large ones skip some."""
 
     def __init__(self, images: np.ndarray, seed: int, views: int = 2, labels: np.ndarray | None = None):
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
-        self.share = -(-len(images) // len(self.groups))  # images per class and epoch
+        self.share = -(-len(images) // len(self.groups))  # images per class and epoch, rounded up
         self.seed, self.views = seed, views
         self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the thread that loads ahead may be an epoch further
 
@@ -351,7 +351,7 @@ def begin(out, h):
 
 
 def write_parts(out, h, world, images, paths, labels, vq, kl):
-    """Makes this rank's share of the missing parts. A file appears when its part is whole: a kill loses one at most."""
+    """Makes this rank's share of the missing parts. A file appears when its part is whole: a kill loses one a rank."""
     mine = [x for x in list(part_files(out, h).items())[world.rank::world.size] if not os.path.exists(x[0])]
     chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
     threads, bad = ThreadPoolExecutor(4), []
@@ -386,7 +386,7 @@ def finish(out, h, paths, file_scale):
     """Checks all checksums, measures the scale of the latents over all images and views, completes the header."""
     skipped = []
 
-    def moments():  # [n*V, 2Z, g, g] of chunk after chunk; unreadable images go to `skipped` instead
+    def moments():  # [n*V, 2Z, g, g] of each chunk; notes unreadable images in `skipped`
         for file, numbers in part_files(out, h).items():
             part = open_part(file, numbers, h)
             for i in range(0, len(part), CHUNK):
@@ -402,7 +402,7 @@ def finish(out, h, paths, file_scale):
     write_header(out, {**h, "complete": True, "scale": scale, "unreadable": bad, "skipped": skipped})
     print0(f"{out}: {len(paths) - len(bad)} images, {len(bad)} unreadable, latent scale {scale:.4f}")
     if file_scale and abs(scale / file_scale - 1) > 0.05:
-        print0(f"note: kl.pt says {file_scale:.4f}, over 5% away (other images?); training uses that of kl.pt")
+        print0(f"note: kl.pt says {file_scale:.4f}, over 5% away (other images?); training uses kl.pt's")
 
 
 # --------------------------------------------------------------------------------- toy pictures and the command line
@@ -425,7 +425,7 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
     wave = wave if warm else 0.5 + 0.3 * np.sin(2 * np.pi * 6 * wave + phase)
     dark, light = random.uniform(20, 90, 3), random.uniform(110, 200, 3)
     ground = dark + (light - dark) * wave.clip(0, 1)[..., None]
-    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))  # shrinking softens the edges
+    image = Image.fromarray(ground.astype(np.uint8)).resize((4 * size, 4 * size))  # shrunk at the end: soft edges
     color = (np.array([235, 120, 40]) if warm else np.array([60, 140, 240])) + random.integers(-20, 20, 3)
     color, r = tuple(int(v) for v in color.clip(0, 255)), random.uniform(0.2, 0.34) * 4 * size
     cx, cy = random.uniform(0.38, 0.62, 2) * 4 * size

@@ -3,12 +3,12 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by the numbers in draws
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by these draws
 
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Every
-section says what is rewritten, why it is exact, and what it saves: plain time over fast on 2 cores (docs/speed.md)."""
+section says what is rewritten, why it is exact, and, if measured, what it saves: plain time over fast on 2 cores."""
 from typing import NamedTuple
 
 import torch
@@ -23,13 +23,13 @@ from prior import choose, rotate, uniform_numbers
 # A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
 # of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
 # slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes or generate makes the
-# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3, for up to 64 rows.
+# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3 with at most 64 rows and a large W.
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x), in fp32 and without gradients, while no weights change."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Only for fp32, without gradients, while no weights change."""
 
     def __init__(self):
         self.copies = {}
@@ -63,7 +63,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B or 2B, 3, H, 1, D/H]
             qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
-                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])
+                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # of v's type, bf16 on CUDA
             keys, values = caches[n]                                                 # each [B or 2B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
@@ -87,7 +87,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
 # where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
 
-ROWS = 1024  # rows of such a product; one step's rows if they are more. A row gives (3 * depth + 2) * width numbers.
+ROWS = 1024  # rows of such a product, at least one step's; bounds memory: (3 * depth + 2) * width numbers a row
 
 
 def modulations(net, y):
@@ -95,7 +95,7 @@ def modulations(net, y):
     out = []
     for layer in [*(block.modulation for block in net.blocks), net.output_modulation]:
         with tf32(layer is not net.output_modulation):
-            parts = layer(y).unflatten(-1, (-1, y.shape[-1])).unbind(-2)
+            parts = layer(y).chunk(layer.out_features // y.shape[-1], dim=-1)
         parts[1].add_(1)  # in place: scale becomes 1 + scale
         out.append(parts)
     return out
@@ -106,7 +106,7 @@ def body(net, x, mods, j, linear):
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
-            for block, (shift, scale, gate) in zip(net.blocks, mods):  # scale is 1 + scale; zip omits mods[-1]
+            for block, (shift, scale, gate) in zip(net.blocks, mods):  # 1 is in scale; zip stops before mods[-1]
                 h = torch.addcmul(shift[j], block.norm(x), scale[j])
                 h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
                 x = torch.addcmul(x, gate[j], h)
@@ -117,7 +117,7 @@ def body(net, x, mods, j, linear):
 @torch.no_grad()
 def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise=None, generator=None, t_max=T - 1,
                 graphs=None, linear=None):
-    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs of this head, on CUDA. linear: a FewRows."""
+    """DiffusionHead.sample: same arguments, same tokens. graphs: a Graphs, on CUDA. linear: a FewRows."""
     N, C, s, guided = len(z), head.config.token_dim, Schedule(spaced_timesteps(steps, t_max)), cfg != 1
     if noise is None:
         noise = torch.randn(steps + 1, N, C, generator=generator, device=z.device)
@@ -162,7 +162,7 @@ class Graphs:
     """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).
 
     The key must hold everything that the function depends on besides the values of its inputs. A graph reads weights
-    at the addresses that it recorded: it sees training in place, but not a parameter that moved to new memory."""
+    at the addresses that it recorded: it sees weights that changed in place, but not those that moved to new memory."""
 
     def __init__(self):
         self.recorded = {}
@@ -195,17 +195,17 @@ class Graphs:
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
 #    order. Here they stand in that of generation: visible tokens, those of this iteration, the others. Each group is
-#    a slice whose bounds the host knows. The plain loop selects by a mask: the host waits until a GPU has counted it.
+#    a slice whose bounds the host knows. The plain loop selects by a mask, so the host waits for a GPU to count it.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
 #    each cross-attention computes from it, are computed once per image. For the null class they are the same for all
 #    images: a caller may compute them once (prepare_null) for all its calls.
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
-# Exact: each row is computed from the same rows. With the head's loop it saves a factor of 1.7 (MAR-B, 64 iterations).
+# Exact: each row attends to the same rows. With the head's loop it saves a factor of 1.7 (MAR-B, 64 iterations).
 
 class Prepared(NamedTuple):
-    """A fusion.Fused for many iterations: keys and values [2, B, H, codes, D/H] of each block replace the context."""
+    """A fusion.Fused for many iterations. A list has keys and values [2, B, H, L_q, D/H] of each block, or None."""
     prefix: torch.Tensor
     mask_codes: torch.Tensor | None
     encoder: list
@@ -215,7 +215,7 @@ class Prepared(NamedTuple):
 @torch.no_grad()
 def prepare(model, classes, codes) -> Prepared:
     fused = model.fuse(classes, codes)
-    read = lambda blocks: [b.cross and b.cross.attention.keys_values(fused.context) for b in blocks]
+    read = lambda blocks: [None if b.cross is None else b.cross.attention.keys_values(fused.context) for b in blocks]
     return Prepared(fused.prefix, fused.mask_codes, read(model.encoder_blocks), read(model.decoder_blocks))
 
 
@@ -263,7 +263,7 @@ def run_block(block, x, keys_values=None, rows=slice(None)):
     y = F.scaled_dot_product_attention(q[:, :, rows], k, v)
     x = x[:, rows] + block.proj(y.transpose(1, 2).flatten(2))
     if block.cross is not None:
-        x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)      # block.cross(x, context)
+        x = x + block.cross.attention.attend(block.cross.norm(x), keys_values)      # = block.cross(x, context)
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
@@ -293,10 +293,10 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
     """Generator.generate: same arguments, same latents, in eval mode. null: prepare_null(model); graphs: a Graphs."""
     B, L, C = len(classes), model.config.grid**2, model.config.token_dim
     plan = make_plan(B, L, iterations, steps, cfg, schedule, cfg_from, orders, generator, start, classes.device)
-    # Iteration k sees order[:, :bounds[k]]; it draws order[:, bounds[k]:bounds[k+1]], sorted, as the noise is.
+    # Iteration k sees order[:, :bounds[k]]; it draws order[:, bounds[k]:bounds[k+1]], in raster order, like the noise.
     bounds = [plan.kept] + [L - m for m in plan.masked]
     first_to_last = plan.orders.flip(1)  # plan.orders lists what is drawn first at its end
-    parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]
+    parts = [first_to_last[:, a:b].sort(1).values for a, b in zip([0] + bounds, bounds)]  # kept tokens first
     order = torch.cat(parts, dim=1)                                                  # [B, L]
     raster = order.argsort(1)                                                        # the inverse permutation
 
@@ -322,15 +322,15 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other: small tensors reuse memory, large ones take it from the system anew each time. What all draws share is computed
-# once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean of their
-# means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# other: on a CPU small tensors reuse freed memory, large ones get new memory from the system. What all draws share is
+# computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean
+# of their means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
 def head_net(net, z):
-    """-> a function (x_t, t, z) that is HeadNet.forward for this z."""
+    """-> a function like HeadNet.forward, (x_t, t, z) -> [..., N, 2C], that uses this z in place of its argument."""
     with torch.autocast(z.device.type, enabled=False), tf32(False):
         times, projected = net.embed_time(torch.arange(T, device=z.device)), net.cond(z.float())
-    return lambda x_t, t, z: net.denoise(x_t, F.silu(F.embedding(t, times) + projected))
+    return lambda x_t, t, _: net.denoise(x_t, F.silu(F.embedding(t, times) + projected))
 
 
 def loss(model, latents, classes, codes, draws):

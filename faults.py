@@ -34,10 +34,10 @@ class Stopped(KeyboardInterrupt):
 def run_script(main):
     """Runs main() and ends the process: exit code 0, or 1 after an error, or 128 + number after a signal.
 
-    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. Of
-    several ranks that fail together, the first to fail prints, and all end."""
+    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. If
+    several ranks fail, only the first one prints; all end."""
     def stop(number, frame):
-        raise Stopped(number, "stopped; run the same command again to go on")
+        raise Stopped(number, "stopped; run the same command again")
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     pulse, code = None, 1
@@ -65,7 +65,7 @@ def run_script(main):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if pulse is not None:
-        if code:  # to leave the group properly could wait for ranks that wait for this one
+        if code:  # no destroy_process_group: it could wait for ranks that wait for this one
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         pulse.stop()
@@ -77,7 +77,7 @@ def run_script(main):
 # ----------------------------------------------------------------------------------------------- ranks that die
 
 class Pulse:
-    """A thread in each rank that says once a second "I live", listens to the next rank, and ends all when one dies.
+    """A thread in each rank: writes a sign of life each second, reads the next rank's, ends all if that one is silent.
 
     Without it the living ranks would wait for the dead one, NCCL for hours. Signs of life are in torchrun's store."""
 
@@ -100,24 +100,24 @@ class Pulse:
                     last, heard = note, time.monotonic()
                 if note != b"over" and time.monotonic() - heard > SILENCE and self.end_all():
                     self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
-                if self.notes.check(["end"]) and not self.over.wait(1.0):  # this rank has a second to end properly
+                if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for the main thread to end
                     os._exit(1)  # nothing less ends a main thread that waits inside a collective
                 if self.over.wait(1.0):
                     return
-        except RuntimeError:  # the store is gone, and so is the first node
+        except RuntimeError:  # the store is gone; it lives on the first node
             if not self.over.is_set():
                 self.tell(f"rank {self.rank}: the first node does not answer any more")
                 os._exit(1)
 
     def tell(self, sentence):
-        print(f"{sentence}. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        print(f"{sentence}. Run the same command again.", file=sys.stderr, flush=True)
 
     def end_with(self, error: Exception):
         """Reports an error on this rank: either this rank has a bug, or another rank has died."""
-        signs = ("Dist", "gloo", "Gloo", "NCCL", "Connection")  # in what a collective raises when another rank is gone
+        signs = ("Dist", "gloo", "Gloo", "NCCL", "Connection")  # in the error of a collective whose partner is gone
         if isinstance(error, RuntimeError) and any(sign in repr(error) for sign in signs):
-            # The thread finds out which rank has died, tells the user and ends this process. If torchrun notices first,
-            # it names the dead rank itself and sends SIGTERM.
+            # Waits: our thread will name the dead rank and end this process. Or torchrun notices first; then it names
+            # the rank itself and sends SIGTERM.
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
             self.thread.join(2 * SILENCE)
         if self.end_all():
@@ -140,8 +140,8 @@ def meet(store, rank: int, ranks: int) -> str:
 
     `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store, which still
     holds addresses of dead ranks. Each start therefore puts a name, chosen by rank 0, before its keys. To get the name,
-    each rank asks with a word that it has just invented, and rank 0 answers to this word: no dead rank can have written
-    the answer. Rank 0 may first find the question of a dead rank: it answers each, until the living rank confirms."""
+    each rank asks with a word that it has just invented, and rank 0 answers to this word, so no answer is left over
+    from an earlier start. A question may be: rank 0 answers all that it finds, until the living rank confirms."""
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question of {rank}", word)
@@ -163,7 +163,7 @@ def meet(store, rank: int, ranks: int) -> str:
 
 
 def is_restart() -> bool:
-    """Has torchrun started this command before? For rank 0, which may ask only once in each process."""
+    """Has this torchrun started the command before? Rank 0 alone may ask, and once, because asking counts."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     store = next(dist.rendezvous("env://"))[0]  # torchrun's variable above counts for each node on its own
@@ -173,18 +173,18 @@ def is_restart() -> bool:
 # ------------------------------------------------------------------------------------------------ steps of a training
 
 class Watch:
-    """Two questions after each step, on which all ranks must agree: was it finite, and has one been asked to stop?
+    """Answers two questions after each step, on all ranks alike: was it finite, and has one been asked to stop?
 
     Neither makes the host wait for the GPU. The first answer is a tensor on the device (see `step_unless`). Signals
     arrive at the hosts, which exchange them in a gloo group during the next step: that answer comes one step late."""
-    patience = 10  # a training ends after so many steps in a row that were not finite
+    patience = 10  # so many steps in a row that are not finite end a training, at the next report
 
     def __init__(self, world: World, skipped=0):
         """skipped: the number of steps that were not finite before this start, from the training state."""
         zero = lambda: torch.zeros((), device=world.device)
-        self.loss_sum, self.finite = zero(), zero()         # sum and number of finite losses since the report
+        self.loss_sum, self.finite = zero(), zero()         # sum and number of finite losses since the last report
         self.skipped = zero() + skipped                     # number of steps that were not finite
-        self.in_row, self.longest = zero(), zero()          # of those, in a row: now, and the most so far
+        self.in_row, self.longest = zero(), zero()          # in a row: at present, and the longest so far
         self.signal = torch.zeros((), dtype=torch.long)     # the number of the signal that this rank has received
         self.answer, self.work = self.signal.clone(), None  # the largest number of any rank, and its exchange
         self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
@@ -199,7 +199,7 @@ class Watch:
             raise Stopped(number, "stopped after the last step; the same command goes on")
 
     def note(self, number, frame):
-        """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun itself sends two."""
+        """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun sends each twice."""
         if self.signal and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ and not self.hosts:
             raise KeyboardInterrupt
         self.signal.fill_(number)
@@ -207,7 +207,7 @@ class Watch:
     def bad(self, loss, norms) -> torch.Tensor:
         """Counts a step. -> 1.0, on the device, if the loss or a gradient norm of any rank is not finite, else 0.0."""
         norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of sharded gradients
-        self.norm = sum(norms)  # for the log
+        self.norm = sum(norms)  # one norm per model; for the log
         bad = (~torch.isfinite(torch.stack([loss, *norms])).all()).float()
         if self.hosts:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -221,7 +221,7 @@ class Watch:
     def report(self):
         """-> mean loss of the finite steps since the last report, steps skipped in all, and now in a row.
 
-        Waits for the device. Raises a UserError after `patience` steps in a row that were not finite."""
+        All ranks call it; the host waits. Raises a UserError after `patience` steps in a row that were not finite."""
         if self.longest >= self.patience:
             raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row; go on from "
                             "the last checkpoint with a lower --lr.")

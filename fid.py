@@ -6,7 +6,7 @@
     python fid.py --reconstruct RUN IMAGES                  rFID, PSNR and SSIM of both tokenizers
     python fid.py IMAGES --save REF.npz --crop 256 --jpeg   statistics of your own images, to be used as REFERENCE
     python fid.py --table A/result.json B/result.json       prints several results as one Markdown table
-    torchrun --nproc_per_node=8 -- fid.py ...               any of these on 8 GPUs; the figures stay those of one
+    torchrun --nproc_per_node=8 -- fid.py ...               any of these on 8 GPUs; the figures are as on one
 
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt
@@ -37,7 +37,7 @@ from presets import Sampling
 from faults import run_script
 from runtime import UserError, barrier, gather, print0, read_json, refuse, setup, write_file, write_json
 
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # and the features behind them
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # the output of Inception that each needs
 PROTOCOLS = {
     # name            resize   metrics by default
     "torch-fidelity": ("tf1",   ["fid", "is"]),  # MAR's evaluator; D2C's paper names none
@@ -52,9 +52,9 @@ LOSSLESS, LOSSY = (".png", ".bmp", ".ppm", ".tif", ".tiff"), (".jpg", ".jpeg", "
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """FID: |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, of means [D] and covariances [D, D] (1706.08500, Eq. 6).
 
-    With S1 = R R', S1 S2 has the eigenvalues of R' S2 R. That matrix is symmetric, so they are real, where scipy's
-    sqrtm can give imaginary parts. R drops the directions in which S1 has no variance; there are some if N <= D. Their
-    eigenvalues are rounding errors of 1e-16, but the square roots of these errors, 1e-8 each, would add up."""
+    With S1 = R R^T, S1 S2 has the eigenvalues of R^T S2 R. That matrix is symmetric, so they are real, where scipy's
+    sqrtm can give imaginary parts. R leaves out the directions in which S1 has no variance, as it has with N <= D
+    images: rounding would give them eigenvalues of 1e-16, whose square roots, 1e-8 each, would add up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
     refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
             (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
@@ -71,8 +71,8 @@ def inception_score(logits, splits: int = 10, seed: int = 2020, names=None, adm=
     """exp(mean KL(p_i || mean of p)) of each part of the logits [N, 1008] -> mean and deviation of these scores.
 
     torch-fidelity sorts files by path, shuffles by the seed and cuts equal parts. ADM cuts its .npz into parts of 5,000
-    without a shuffle, so each part needs all classes. So files of class folders are sorted without the folder,
-    in sample.py's output by the picture's index. names: the files of the images, or None for an .npz."""
+    without a shuffle, so each part needs all classes. Therefore files in class folders are sorted by file name alone,
+    which in sample.py's output is the picture's index. names: the files of the images, or None for an .npz."""
     N, logits = len(logits), torch.as_tensor(logits).cpu()
     refuse([(N < splits and not adm, f"the Inception Score needs at least {splits} images, not {N}")])
     if names:
@@ -138,13 +138,13 @@ def mean_and_covariance(total):
 
 
 def summands(model: Inception, metrics, images) -> dict:
-    """Batch [B, 3, H, W] -> for each metric what `measure` adds up: products of features for an FID, else [rows]."""
+    """Batch [B, 3, H, W] -> metric: what `measure` adds up, products of its features (FID) or a list with them."""
     out = model(images)
     return {m: products(out[METRICS[m]]) if m.endswith("fid") else [out[METRICS[m]].cpu()] for m in metrics}
 
 
 def measure(args, world, images, features) -> dict:
-    """Adds up features(batch [B, 3, H, W]), a dictionary of products and of lists of rows, over all Images.
+    """Calls features(batch [B, 3, H, W]) on all images and adds up what it gives: a dictionary of products and lists.
 
     -> (mean, covariance) for products; [N, D] in the images' order for lists. Dry runs and ranks above 0 get {}."""
     print0(f"{images.about['path']}: {images.count} images of {'x'.join(map(str, images.size))} pixels; "
@@ -164,11 +164,11 @@ def measure(args, world, images, features) -> dict:
 # ----------------------------------------------------------------------------------------------------- image sources
 
 class Images:
-    """`count` images of `size` [H, W] in a fixed order. names: CLASS/FILE of each, or None. `about`: for result.json.
+    """`count` images of `size` [H, W] in a fixed order. names: the path of each, or None. `about`: for result.json.
 
-    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, by
-    default the CLASS in `names`. settings: those that drew them, by default settings.json in the folder `path`, or in
-    the folder X for X.npz."""
+    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, where
+    names (their folders are classes) are None. settings: those that drew them, by default settings.json in the folder
+    `path`, or in the folder X for X.npz."""
 
     def __init__(self, path, content_hash, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
@@ -183,7 +183,7 @@ class Images:
 
 
 def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Images:
-    """A folder at any depth, no hidden files, or an .npz. crop: ADM's centre crop, in pixels; jpeg: take lossy ones."""
+    """Opens an .npz, or a folder's images at any depth. crop: ADM's centre crop, in pixels; jpeg: take lossy ones."""
     if root.endswith(".npz"):
         return open_archive(root)
     files = sorted(f for f in glob.glob("**", root_dir=root, recursive=True) if f.lower().endswith(LOSSLESS + LOSSY))
@@ -268,7 +268,7 @@ def open_reference(args, model: Inception):
     Statistics have mu and sigma: pytorch-fid's, MAR's adm_in256_stats.npz, torch-fidelity's .pt (a cache of one input).
     ADM's has mu_s, sigma_s too, and arr_0, 10,000 images for precision and recall. --save writes the four, and `about`.
 
-    -> a dictionary for result.json; {"fid", "sfid": (mean, covariance)}, empty for images; Images or None."""
+    -> facts for result.json; {"fid": (mean, covariance), "sfid": ...}, {} for images; the Images, or None."""
     path, metrics = args.reference, args.metrics
     arrays = read_arrays(path) if path.endswith((".npz", ".pt")) else {"arr_0": None}
     # Images beside statistics are only a part of the images behind them (ADM: 10,000 of 1.28 million). They serve
@@ -329,15 +329,15 @@ def reconstruct(args, model, world):
                                               f"least 11, but these images have {images.size}; give another --crop")
            for t in tokenizers.values())
 
-    def features(images):
-        out = {"images": products(model(images)["pool"])}
+    def features(batch):
+        out = {"images": products(model(batch)["pool"])}
         for kind, tokenizer in tokenizers.items():
-            tokens = tokenizer.encode(to_float(images))
+            tokens = tokenizer.encode(to_float(batch))
             # KL decodes the posterior's mean. The latent scale is not needed: a file may not know it, and it cancels.
             decoded = tokenizer.decode(tokens) if kind == "vq" else tokenizer.to_images(tokenizer.posterior(tokens)[0])
             decoded = sample.to_uint8(decoded)
             out[kind] = products(model(decoded)["pool"])
-            out[f"{kind} pixels"] = [torch.stack(psnr_ssim(images, decoded), 1).cpu()]          # [B, 2]
+            out[f"{kind} pixels"] = [torch.stack(psnr_ssim(batch, decoded), 1).cpu()]          # [B, 2]
         return out
 
     if not (found := measure(args, world, images, features)):
@@ -417,7 +417,7 @@ def read_flags():
     parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of IMAGES")
     parser.add_argument("--reconstruct", metavar="RUN", help="score RUN/{vq,kl}.pt on IMAGES")
     parser.add_argument("--table", nargs="+", metavar="result.json", help="print result files as a Markdown table")
-    parser.add_argument("--out", metavar="FILE", help="default: result.json in the folder GENERATED, else in this one")
+    parser.add_argument("--out", metavar="FILE", help="default: result.json in the folder GENERATED, else here")
     parser.add_argument("--batch", type=int, default=32, help="images per pass")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best available)")
     parser.add_argument("--dry-run", action="store_true", help="check the inputs, say what would be scored, and stop")

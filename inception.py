@@ -29,7 +29,7 @@ WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth",       # pytorch-fid's name
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 class ConvBN(nn.Module):
-    """A unit: convolution without bias, batch norm, ReLU. It keeps the size of the map if the stride is 1, with pad."""
+    """A unit: convolution without bias, batch norm, ReLU. With stride 1 and pad it keeps the map's size."""
 
     def __init__(self, cin, cout, kernel=(1, 1), stride=1, pad=True):
         super().__init__()
@@ -50,11 +50,11 @@ class Branches(nn.Module):
     """Runs branches on the same input and concatenates their channels; the next block and sFID depend on the order.
 
     A branch is a list of steps: a pooling, a unit, or a pair of units that run side by side on the same input. The
-    units get their published names: branch_1, branch_2a, branch_2b, or the name of the branch if it has one unit."""
+    units get their published names: NAME_1, NAME_2a, NAME_2b, or the NAME of the branch alone if it has one unit."""
 
     def __init__(self, **branches):
         super().__init__()
-        self.branches = list(branches.values())  # a plain list adds no names
+        self.branches = list(branches.values())  # a plain list registers no modules
         for name, branch in branches.items():
             units = [step for step in branch if not isinstance(step, partial)]
             for i, step in enumerate(units, 1):
@@ -135,12 +135,12 @@ class Network(nn.Module):
 
 
 def exact_convolutions():
-    """A context without TF32. cuDNN uses TF32 by default, and its 10 bits can move the third decimal of an FID."""
+    """A context without TF32. cuDNN's default is TF32, whose mantissa of 10 bits can move an FID's third decimal."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def resize_tf1(images):
-    """uint8 [B, 3, h, w] -> [B, 3, 299, 299] in [-1, 1). TensorFlow 1's bilinear: no antialiasing, no half pixel.
+    """uint8 [B, 3, h, w] -> [B, 3, 299, 299] in [-1, 1). TensorFlow 1's: no antialiasing, no half-pixel centres.
 
     The operations and their order are those of the graph, so the result is equal bit for bit."""
     def neighbours(n):  # a target pixel takes its value at source = target * n / 299, between pixels low and low + 1
@@ -185,7 +185,7 @@ class Inception(nn.Module):
             raise UserError(f"{weights_path} is not the Inception of pytorch-fid and torch-fidelity: see the tensor "
                             f"{different[0][0]!r}; torchvision's Inception has other weights and cannot be used.")
         self.network.load_state_dict(state, assign=True)
-        self.eval().requires_grad_(False).double()  # float64, because the folded weights should be rounded once
+        self.eval().requires_grad_(False).double()  # in float64, folding rounds the weights once, at the end
         for unit in self.network.modules():
             if isinstance(unit, ConvBN):
                 unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()

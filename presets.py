@@ -1,7 +1,7 @@
 """Every named size and training recipe: `--preset NAME`.
 
-A Preset holds the config of each component and a Recipe per stage. train.py fills in what follows from the data and
-from other components: `classes`, `vocab`, `code_dim`, `token_dim`, the grids. sample.py's flags override Sampling."""
+A Preset holds the config of each component and a Recipe per stage. train.py fills in, or replaces, what follows from
+data and other components: `classes`, `vocab`, `code_dim`, `token_dim`, grids. sample.py's flags override Sampling."""
 import re
 from dataclasses import dataclass, field, replace
 
@@ -38,16 +38,16 @@ class Sampling:
     """What a run recommends. Defaults: D2C 5.1, LlamaGen's prior guidance, MAR's steps. Each field is a flag."""
     iterations: int = flag(64, "rounds that the generator takes to draw all tokens")
     steps: int = flag(100, "steps of the diffusion head for each token")
-    anneal: str = flag("", "A:B takes A head steps in the first iteration, falling to B in the last; replaces --steps")
+    anneal: str = flag("", "A:B: A steps in the first iteration, falling to B in the last; replaces --steps")
     cfg: float = flag(4.0, "guidance of the generator; 1: none")
     cfg_from: float = flag(0.0, "an iteration whose guidance is below this skips the null branch")
-    schedule: str = flag("linear", "the generator's guidance is constant, or linear: it grows with what is drawn")
+    schedule: str = flag("linear", "guidance of the generator: constant, or linear (it grows with the drawn tokens)")
     temperature: float = flag(1.0, "the generator scales the noise of the head's steps by it")
     prior_cfg: float = flag(2.0, "guidance of the prior; 1: none")
     prior_temperature: float = flag(0.99, "the prior divides its logits by it")
     top_k: int = flag(0, "the prior draws from its k likeliest codes; 0: from all")
     top_p: float = flag(1.0, "the prior draws from the fewest codes that have this probability together")
-    t_max: int = flag(999, "timestep where the diffusion head starts; below 999, it magnifies its errors less")
+    t_max: int = flag(999, "timestep where the diffusion head starts; below 999, its errors are magnified less")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def true_share(condition: str) -> tuple:
     The share changes linearly in between. mixed is MixAR's training-inference mixture (2511.12181)."""
     text = {"resampled": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
     found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
-    shares = found and (float(found[1]), float(found[2] or found[1]))
+    shares = (float(found[1]), float(found[2] or found[1])) if found else None
     refuse([(not shares or max(shares) > 1, "--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with "
              f"shares from 0 to 1, e.g. mixed:1-0.3, not {condition}")])
     return shares
@@ -78,9 +78,9 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
-    twice the z_channels: a code stands for 4 times the pixels. Prior and generator follow the cache, see train.py."""
+    twice the z_channels, as a code has 4 times the pixels. Prior and generator follow the cache, see train.py."""
     size = preset.image_size if size is None else size
-    possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]  # small ones
+    possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
     refuse([(size != nearest, f"--size {size} is not possible with this preset; take the nearest, --size {nearest}")])
     preset, deeper = replace(preset, image_size=size), size == 4 * possible[0]
@@ -88,13 +88,13 @@ def sized(preset: Preset, size: int | None) -> Preset:
     return replace(preset, vq=deepen(preset.vq), kl=deepen(preset.kl)) if deeper else preset
 
 
-# MAR's and LlamaGen's batches, because D2C gives none. Sizes of D2C Table 1 and MAR Table 3. DisCon uses VA-VAE.
+# LlamaGen's recipes for stages 0 and 1; MAR's batch, because D2C gives none. Sizes: D2C Table 1, MAR Table 3.
 TOKENIZERS = Recipe(batch=128, epochs=40, lr=2e-4, weight_decay=0.05, clip=1.0)
 PRIOR = Recipe(batch=256, epochs=300, lr=1e-4, weight_decay=0.05, clip=1.0)
 MAR = Recipe(batch=2048, epochs=800, lr=1e-4, warmup=100, micro=32)
 D2C = replace(MAR, lr=5e-5)
 BASE, LARGE = GeneratorConfig(), GeneratorConfig(dim=1024, depth=16, heads=16, head_depth=8, head_width=1280)
-VA_VAE = KLConfig(z_channels=32, decoder_attention=True, scale=None)
+VA_VAE = KLConfig(z_channels=32, decoder_attention=True, scale=None)  # DisCon's; the scale is measured
 
 
 def imagenet(fusion, network, recipe, kl=KLConfig(), condition="resampled", sampling=Sampling()) -> Preset:
@@ -131,7 +131,7 @@ TOY = Preset(
     (Recipe(16, 20, 8e-3, ema=0.99), Recipe(16, 60, 1.6e-2, ema=0.99), Recipe(16, 120, 1.6e-2, ema=0.99)),
     Sampling(iterations=8, steps=25, cfg=1.5, t_max=950))
 
-# Parameters: of the generator, and the prior if it reads codes. DisCon's and MixAR's own recipes are not known.
+# Parameters: of the generator, plus the prior if its codes are read. DisCon's and MixAR's own recipes are not known.
 PRESETS = {
     "d2c-b":       imagenet("qformer", BASE, D2C),                                                # 362M: D2C Table 1
     "d2c-b-cross": imagenet("cross_attention", BASE, D2C),                                        # 389M

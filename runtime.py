@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # of this start only: set by faults.Pulse
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # START: of this start, by faults.Pulse
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)
@@ -107,7 +107,7 @@ def agree(value, what: str):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         other = any(v != values[0] for v in values)
-        refuse([(other, f"the ranks disagree on {what}: {values}; all nodes must see the same disk")])
+        refuse([(other, f"the ranks disagree on {what}: {values}; give all nodes the same flags and disk")])
 
 
 def gather(value):
@@ -124,7 +124,7 @@ def gather(value):
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
-    What training and sampling draw comes from such keys, so a run resumes without any generator state."""
+    Training and sampling seed every draw by such a key, so a resumed run needs no saved generator."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     return torch.Generator(device).manual_seed(seed)
 
@@ -169,7 +169,7 @@ def write_file(path: str, fill, kept: str | None = None):
 
 
 def sweep(folder: str):
-    """Removes the temporary files of killed writers from a folder and its subfolders. Call it while none writes."""
+    """Removes the temporary files of killed writers from a folder and the folders in it. Call it while none writes."""
     for inside in ("*", os.path.join("*", "*")):
         for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
             pid = path.rpartition(".tmp")[2]
@@ -216,7 +216,7 @@ def write_json(path: str, value):
 # -------------------------------------------------------------------------------------------------------- many GPUs
 
 def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
-    """Divides a global batch among ranks and accumulated passes. -> images per rank and pass, number of passes.
+    """Divides a global batch among ranks and passes. -> (images of a rank in each pass, number of passes).
 
     passes None: as few as possible with at most `most` images per rank and pass."""
     share = batch // world.size
@@ -227,10 +227,10 @@ def divide(batch: int, world: World, passes: int | None, most: int) -> tuple:
 
 
 def spread(module, ema, world: World, shard: bool, parts: tuple):
-    """-> what the loop calls for the loss of `module`; on several ranks its backward pass averages gradients.
+    """-> `module`, wrapped for several ranks: call it for the loss, and backward passes will average gradients.
 
     Without `shard` every rank holds everything (DDP). With it a rank holds its share of each parameter, gradient,
-    moment and average in `ema` (FSDP2). A module of one of the types `parts` is whole only while it computes."""
+    moment and average in `ema` (FSDP2). Modules of the types `parts` are whole only while they compute."""
     if not shard and world.size == 1:
         return module
     if not shard:
@@ -248,7 +248,7 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
 
 
 def passes(module, last: bool):
-    """The context of a forward pass under `spread`: only the last accumulated pass of a step averages over ranks."""
+    """The context of a forward pass under `spread`: only a step's last pass averages over ranks."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
@@ -269,7 +269,7 @@ def whole(value):
 
 
 def unsharded(models, types: dict):
-    """A sharded ModuleDict -> whole models in eval mode on rank 0, None elsewhere. Another one comes back as it is.
+    """A sharded ModuleDict -> whole models in eval mode on rank 0, None elsewhere. Others come back unchanged.
 
     All ranks must call it. types: kind -> the class of a model."""
     if not any(hasattr(p, "full_tensor") for p in models.parameters()):
@@ -283,9 +283,9 @@ def unsharded(models, types: dict):
 
 
 def shard_moments(optimizer):
-    """Under FSDP2, keeps this rank's share of the moments, which load_state_dict has read whole from a file."""
+    """Under FSDP2, keeps this rank's share of the moments, which were loaded whole."""
     if any(hasattr(p, "full_tensor") for p in optimizer.state):
-        from torch.distributed.tensor import distribute_tensor  # takes a second, too
+        from torch.distributed.tensor import distribute_tensor  # a slow import, as in spread
         for p, state in optimizer.state.items():
             for name, value in state.items():
                 if value.shape == p.shape:

@@ -8,13 +8,13 @@
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
     python sample.py --class church --like IMAGE              # keeps the codes of IMAGE, draws new details: variations
     python sample.py --about sample.png                       # how this picture was made, and the command for it
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # a PNG each; X.npz: also an array
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --class all --out DIR   # files; DIR.npz: also one array
 
 A command that writes a folder draws only the missing pictures when it runs again. A picture depends on the seed, its
 index and the kind of device; batch size and number of GPUs change its rounding only.
 
-From Python: `load_run`, `generate`; docs/sampling.md has an example. For classes, a string is a name or an id, as after
---class, a tensor holds indices, a number is an id or an index, refused if it is one class's id and another's index."""
+From Python: `load_run`, `generate`; docs/sampling.md has an example. Classes: a string is a name or an id, as after
+--class; a tensor holds indices; a number is an id or an index, and is refused if these are two classes."""
 import argparse
 import glob
 import json
@@ -99,7 +99,7 @@ def check_fit(path, run: Run):
         K, p = run.vq.config.codebook_size, run.prior.config
         problems += [(p.grid**2 != g.codes, f"prior.pt has {p.grid**2} codes an image, generator.pt {g.codes}"),
                      (p.grid * run.vq.stride != run.pixels, "vq.pt and kl.pt make pictures of different sizes"),
-                     ({K, p.vocab} != {g.vocab}, f"vq.pt, prior.pt, generator.pt know {K}, {p.vocab}, {g.vocab} codes"),
+                     (not K == p.vocab == g.vocab, f"vq.pt, prior.pt, generator.pt: {K}, {p.vocab}, {g.vocab} codes"),
                      (p.classes != g.classes, f"prior.pt has {p.classes} classes, generator.pt {g.classes}"),
                      (run.prior.about.get("classes", run.classes) != run.classes,
                       "prior.pt and generator.pt have different classes, or a different order of them")]
@@ -112,21 +112,21 @@ def check_fit(path, run: Run):
 
 def find_classes(classes: list, wanted) -> list[int]:
     """Strings, numbers or a tensor, as the head of this file says -> indices."""
-    n, is_number = len(classes), not isinstance(wanted, str)
+    n, is_text = len(classes), isinstance(wanted, str)
     if isinstance(wanted, torch.Tensor):
         wrong = ((wanted < 0) | (wanted > n)).any()
         refuse([(wrong, f"a tensor of classes holds indices: 0 to {n - 1} for this run, {n} for the null class")])
         return wanted.flatten().tolist()
-    if is_number and hasattr(wanted, "__iter__"):
+    if hasattr(wanted, "__iter__") and not is_text:
         return [i for one in wanted for i in find_classes(classes, one)]
     if wanted == "all":
         return list(range(n))
     text = str(wanted).strip().lower()
     found = [i for i, (identity, name) in enumerate(classes)
-             if text in (str(identity), name.lower(), name.lower().replace(" ", "_")) or is_number and i == wanted]
+             if text in (str(identity), name.lower(), name.lower().replace(" ", "_")) or not is_text and i == wanted]
     if not found and "," in text:  # the whole text comes first, because some of ImageNet's names have commas
         return find_classes(classes, wanted.split(","))
-    ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * is_number
+    ids = ", ".join(str(classes[i][0]) for i in found) + ", as a string, or indices as a tensor" * (not is_text)
     known = ", ".join(f"{identity} {name}" for identity, name in classes[:40]) + f" and {n - 40} more" * (n > 40)
     refuse([(len(found) > 1, f"{wanted!r} stands for several classes; give one of the ids {ids}"),
             (not found, f"this run knows no class {wanted!r}; it knows: {known}")])
@@ -153,7 +153,7 @@ class Start:
     codes: torch.Tensor | None   # all codes of an image, -1 where the prior draws; None without a prior
     latents: torch.Tensor        # [L, C]
     keep: torch.Tensor           # [L] bool, tokens whose latents are known
-    shown: Samples               # a batch of one: the picture, for --edit with grey where it is drawn; decoded codes
+    shown: Samples               # of one picture, which each row begins with; --edit: grey where it is drawn
 
 
 @torch.inference_mode()
@@ -198,7 +198,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
 
 
 def head_steps(s: Sampling) -> list[int]:
-    """Steps of the diffusion head in each iteration. --anneal is DiSA's (2505.20297): late tokens are nearly known."""
+    """Steps of the diffusion head in each iteration. --anneal is DiSA's (2505.20297): late tokens need fewer steps."""
     try:
         first, last = map(int, s.anneal.split(":")) if s.anneal else (s.steps, s.steps)
     except ValueError:
@@ -232,7 +232,7 @@ def to_uint8(images):
 # ---------------------------------------------------------------------------------------------- a picture to start from
 
 def start_edit(run: Run, path: str, mask: str) -> Start:
-    """--edit PATH --keep MASK: what is white in the mask stays, codes and latents alike; the rest is drawn."""
+    """--edit PATH --keep MASK: codes and latents that are white as a whole in the mask stay."""
     picture, white = open_picture(path), open_picture(mask)
     W, H = picture.size
     refuse([(white.size != (W, H), f"{mask} must be as large as {path}: {W} x {H} pixels")])
@@ -242,7 +242,7 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
     refuse([(keep.all(), f"{mask} keeps all {h * h} tokens; black in it says what to draw anew"),
             (not keep.any(), f"{mask} keeps none of the {h * h} tokens; white in it says what stays")])
     start = start_from(run, picture)
-    codes = run.prior and torch.where(whole_tokens(white, run.prior.config.grid), start.codes, -1)
+    codes = None if run.prior is None else torch.where(whole_tokens(white, run.prior.config.grid), start.codes, -1)
     stays = keep.view(h, 1, h, 1).expand(h, side, h, side).reshape(white.shape)                          # [H, W]
     grey = replace(start.shown, images=start.shown.images.masked_fill(~stays, 128))
     return replace(start, codes=codes, keep=keep, shown=grey)
@@ -268,7 +268,7 @@ def whole_tokens(white, grid):
 
 @torch.inference_mode()
 def start_from(run: Run, picture: Image.Image) -> Start:
-    """The codes and latents of the centre crop, the latents being the posterior's means; `keep` keeps no token."""
+    """The codes and latents of the centre crop; the latents are the posterior's means, `keep` is all False."""
     x = to_float(np.array(center_crop(picture, run.pixels)).transpose(2, 0, 1)[None]).to(run.device)   # [1, 3, H, W]
     moments = run.kl.encode(x)
     latents = run.kl.sample(moments, noise=torch.zeros_like(run.kl.posterior(moments)[0]))[0]            # [L, C]
@@ -291,7 +291,8 @@ def grid(images: torch.Tensor, columns: int, classes: int = 1, first=()) -> Imag
     out = np.full((len(rows) * (H + 2) - 2, (len(first) + max(map(len, rows))) * (W + 2) - 2, 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, image in enumerate([*first, *row]):
-            out[r * (H + 2):, c * (W + 2):][:H, :W] = image.permute(1, 2, 0).cpu().numpy()
+            top, left = r * (H + 2), c * (W + 2)
+            out[top:top + H, left:left + W] = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(out)
 
 
@@ -331,7 +332,7 @@ def same_settings(out, settings, num):
     there = read_settings(out) or {}
     strangers = not there and glob.glob(os.path.join(glob.escape(out), "*", "[0-9]*.png"))
     changed = [k for k in settings if there and there.get(k) != settings[k]]
-    refuse([(strangers, f"{out} holds pictures that sample.py knows nothing of; choose another --out"),
+    refuse([(strangers, f"{out} holds numbered pictures without a settings.json; choose another --out"),
             (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
     num = max(num, there.get("num", 0))  # fid.py checks that the folder holds so many pictures
     write_json(os.path.join(out, "settings.json"), {**settings, "num": num})
@@ -372,7 +373,7 @@ def parse():
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sample.png", help="FILE.png for a grid, a folder, or FILE.npz and its folder")
+    parser.add_argument("--out", default="sample.png", help="FILE.png: a grid; DIR: files; FILE.npz: and one array")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
@@ -434,7 +435,7 @@ def view(args, samples: Samples) -> Samples:
 def write_grid(run: Run, args, facts: dict, origin: dict, world):
     """--out FILE.png, and --frames FILE.gif: one picture each; each row begins with the picture of --edit or --like."""
     samples = [s for _, s in draw(run, args, range(args.num), world)]
-    layout = math.ceil(args.num / int(args.num**0.5)), len(args.labels)  # a single class fills nearly a square
+    layout = math.ceil(args.num / int(args.num**0.5)), len(args.labels)  # columns (nearly a square), classes
     first = view(args, args.start.shown).images if args.start else ()
     images = torch.cat([view(args, s).images for s in samples])
     save_picture(grid(images, *layout, first), args.out, {**facts, **origin})
@@ -446,7 +447,7 @@ def write_grid(run: Run, args, facts: dict, origin: dict, world):
 
 
 def write_folder(run: Run, args, facts: dict, origin: dict, world):
-    """--out DIR: this rank's pictures that DIR lacks. --out FILE.npz: then arr_0 [N, H, W, 3] and arr_1, class ids."""
+    """--out DIR: this rank's pictures that DIR lacks. FILE.npz: then all as arr_0 [N, H, W, 3], class ids as arr_1."""
     folder = args.out.removesuffix(".npz")
     if world.rank == 0:
         same_settings(folder, facts, args.num)

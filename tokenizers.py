@@ -268,7 +268,7 @@ def border_filter(stride):
     dct2[0] /= 2**0.5
     dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
     one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, first at the border
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
     V = flip @ dct2.T @ dct4 @ flip  # `flip` puts the border last: DCT-IV's waves are 0 at i = n - 1/2
     rotation = torch.block_diag(one, V)
     return (butterfly @ rotation @ butterfly / 2).float()

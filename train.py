@@ -10,7 +10,7 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
-train-N.pt and train-N.previous.pt, samples in grids/, and log.jsonl. A resumed run may log some steps again.
+train-N.pt (with --only vq: train-0-vq.pt) and the one before, grids/, log.jsonl. A resumed run may log steps again.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout,
@@ -69,26 +69,26 @@ class Stage(nn.Module):
     def after(self, step, ema) -> dict:  # after each optimizer step; -> what to log
         return {}
 
-    def memory(self) -> dict:  # further tensors that resuming needs; they differ by rank, and their mean is saved
+    def memory(self) -> dict:  # further tensors of the state; ranks have different ones, and their mean is saved
         return {}
 
     def before_save(self, models):
         """Completes the EMA models before their files are written."""
 
-    def rng(self, step):
+    def step_rng(self, step):
         return rng(self.device, f"stage {self.args.stage}", self.args.seed, step)
 
     def file(self, kind):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, steps of decay. --steps shortens the decay only, --hours both."""
+        """-> highest learning rate, steps of warm-up, steps of decay. --steps shortens the decay, --hours both."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
         return (args.lr or recipe.lr) * args.batch / 256, warmup, recipe.decay * args.steps
 
-    def read_cache(self):  # for stages 1 and 2: the cache, and the tokenizers that made it
+    def read_cache(self):  # for stages 1 and 2: the cache; refuses other tokenizers than those that made it
         self.data = Cache(self.args.data, self.args.seed, self.recipe.balanced)
         self.classes, self.grid, self.codes = self.data.classes, self.data.header["grid"], self.data.header["codebook"]
         for kind in KINDS[0]:
@@ -118,20 +118,20 @@ class Tokenizers(Stage):
         loss = self.trained["vq"].loss(images)[0] if "vq" in self.trained else 0.0
         if "kl" in self.trained:
             kl = self.trained["kl"]
-            draws = kl.draw(self.args.batch, images.shape[-1] // kl.stride, self.rng(step))
+            draws = kl.draw(self.args.batch, images.shape[-1] // kl.stride, self.step_rng(step))
             loss = loss + kl.loss(images, [x[rows] for x in draws])[0]
         return loss
 
     def after(self, step, ema):
-        """Every 100 steps, codes that nothing chose move onto encoded patches; until half-way, so that they settle."""
+        """Every 100 steps, unused codes move onto encoded patches; only until half-way, so that they can settle."""
         if "vq" not in self.trained or (step + 1) % 100 or step > self.args.steps / 2:
             return {}
         vq = self.trained["vq"]
         all_mean(vq.usage)  # in place
         images, = self.data.batch(range(step * self.args.batch, step * self.args.batch + 16))  # the same on every rank
         moved = vq.restart_dead_codes(images.to(self.device), rng("cpu", "restart", self.args.seed, step))
-        broadcast(vq.codebook.weight.data)  # encoders of two ranks may differ in the last bit
-        ema["vq"].codebook.weight[moved] = vq.codebook.weight[moved].detach()  # not the mean of two places
+        broadcast(vq.codebook.weight.data)  # encodings of two ranks may differ in the last bit
+        ema["vq"].codebook.weight[moved] = vq.codebook.weight[moved].detach()  # its average starts anew
         return {"dead_codes": len(moved)}
 
     def memory(self):  # how often each code was chosen since the last restart
@@ -164,7 +164,7 @@ class PriorStage(Stage):
 
     def forward(self, step, rows, codes, moments, classes):
         model = self.trained["prior"]
-        return model.loss(codes, classes, model.draw(self.args.batch, self.rng(step))[rows])
+        return model.loss(codes, classes, model.draw(self.args.batch, self.step_rng(step))[rows])
 
     def picture(self, models):
         s, generators = self.preset.sampling, [rng(self.device, "grid", i) for i in range(16)]
@@ -180,14 +180,14 @@ class GeneratorStage(Stage):
         super().__init__(args, preset, world)
         self.read_cache()
         fusion, condition = args.fusion or preset.generator.fusion, args.condition or preset.condition
-        self.true_share, kl, path = true_share(condition), self.frozen["kl"], self.file("prior")
+        self.shares, kl, path = true_share(condition), self.frozen["kl"], self.file("prior")
         if FUSIONS[fusion].reads_codes and os.path.exists(path):
             model = self.frozen["prior"] = checkpoints.load_model(path, "prior", self.device)
             names = self.classes if "classes" in model.about else len(self.classes)  # official files have no names
             wanted = {"classes": names, "vq": self.data.header["vq"], "grid": self.grid, "vocab": self.codes}
             checkpoints.refuse_other(path, model, wanted)
         elif FUSIONS[fusion].reads_codes:
-            refuse([(min(self.true_share) < 1, "no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
+            refuse([(min(self.shares) < 1, "no prior.pt yet; run stage 1 first, or use --condition ground_truth")])
             print0(f"note: {path} is not there; the codes get a random table, and no samples are shown")
             args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
@@ -202,13 +202,13 @@ class GeneratorStage(Stage):
             model.fusion.copy_table(self.frozen["prior"].code_embedding.weight)
         self.trained = nn.ModuleDict({"generator": model})
         self.sampling = replace(preset.sampling, iterations=min(preset.sampling.iterations, config.grid**2))
-        kl.set_scale(kl.config.scale or self.data.scale)  # a file that does not know its scale: data.py has measured it
+        kl.set_scale(kl.config.scale or self.data.scale)  # if kl.pt does not know it, what data.py measured
         self.about.update(sampling=asdict(self.sampling), condition=condition, latent_scale=kl.config.scale)
 
     def forward(self, step, rows, codes, moments, classes):
-        model, (first, last) = self.trained["generator"], self.true_share
+        model, (first, last) = self.trained["generator"], self.shares
         uniform = float(torch.rand((), generator=rng("cpu", "ratio", self.args.seed, step)))  # on the host, see draw
-        draws = model.draw(self.args.batch, self.rng(step), uniform).part(rows)
+        draws = model.draw(self.args.batch, self.step_rng(step), uniform).part(rows)
         latents = self.frozen["kl"].sample(moments, draws.posterior_noise)  # drawn anew at every step
         share = first + (last - first) * step / self.args.steps
         if "prior" in self.frozen and share < 1:
@@ -242,10 +242,10 @@ def parse_args():
         "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
         "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
-    add("--hours", type=float, help="stage all: shorten the stages to about this time in all, without the cache")
+    add("--hours", type=float, help="stage all: shorten the stages to this time in all, not counting the cache")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
-    add("--accumulate", type=int, help="passes per optimizer step (default: as few as the preset allows)")
+    add("--accumulate", type=int, help="passes per optimizer step (default: as few as its pass size allows)")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the blocks of the models")
@@ -254,7 +254,7 @@ def parse_args():
     add("--save-every", type=int, default=500, help="steps")
     add("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
     add("--shard", action="store_true", help="divide weights, EMA and optimizer among the ranks (FSDP2): less memory")
-    add("--fresh", action="store_true", help="start over; what the stage has made (all: RUN) is moved to RUN/before-N")
+    add("--fresh", action="store_true", help="start over; files of the stage (all: of RUN) are moved to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     all_stages, folder = args.stage == "all", args.stage in ("0", "all")
@@ -283,7 +283,7 @@ def build(args, world) -> Stage:
     if args.condition == "teacher_forced":
         print0("note: --condition teacher_forced is now called resampled")
         args.condition = "resampled"
-    agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ by node
+    agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, sized(PRESETS[args.preset], args.size), world)
     args.batch = args.batch or stage.recipe.batch
@@ -306,10 +306,10 @@ def settings(stage) -> dict:
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
     configs.get("kl", {}).pop("scale", None)  # measured, not chosen
     condition = stage.about.get("condition", "")
-    moves = "-" in condition or stage.recipe.decay > 0  # then share of true codes or learning rate depend on the steps
+    moves = "-" in condition or stage.recipe.decay > 0  # then share of true codes or learning rate depend on steps
     steps = args.steps if moves and not args.hours else None
     return {**configs, "condition": condition, "steps": steps, "batch": args.batch, "seed": args.seed,
-            "data": stage.data.identity, "size": None if args.stage else stage.preset.image_size}
+            "data": stage.data.identity, "size": stage.preset.image_size if args.stage == 0 else None}
 
 
 def resume(stage):
@@ -338,9 +338,9 @@ def resume(stage):
     loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # `stage` itself stays unwrapped
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
-        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # MAR decays nothing in the diffusion head
+        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay, as for all of MAR's head
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
-    if state is not None:  # it may come from another kind of device, so the optimizer keeps its own settings
+    if state is not None:  # the moments alone: the state may come from another kind of device, with other settings
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         shard_moments(optimizer)
     return ema, loss_of, optimizer, Watch(world, state["skipped"] if state else 0), state["step"] if state else 0
@@ -381,7 +381,7 @@ def show(stage, ema, step):
 def loop(stage, ema, loss_of, optimizer, watch, first, replan):
     """All steps of a stage, from step `first` to the last. replan: as in `train`."""
     args, device = stage.args, stage.device
-    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)
+    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)  # replan may end it
     done, logged, clock, notes, forecast_at = first, first, time.time(), {}, time.time() + FORECAST
     bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", mininterval=1,
                disable=stage.world.rank > 0)
@@ -404,34 +404,33 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
-        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone: 90% random start after 1,000 steps
+        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 from the start: 90% random at 1,000
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - kept)
         notes.update(stage.after(step, ema))
-        stop = watch.asked_to_stop()
-        save_now = done % args.save_every == 0 or done == args.steps or stop
-        if done % args.log_every == 0 or save_now:  # seldom, because here the host waits for the device
+        due, stop = done % args.save_every == 0, watch.asked_to_stop()
+        if done % args.log_every == 0 or due or stop or done == args.steps:  # here the host waits for the device
             loss, skipped, bad_in_row = watch.report()
             speed = (done - logged) * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
                 grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             logged, clock, notes = done, time.time(), {}
-            if replan and done >= min(3 * args.log_every, args.steps):
+            if replan and done >= min(3 * args.log_every, args.steps):  # by the third speed; the first may be too low
                 seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
                 args.steps = bar.total = replan(float(seconds), done)
                 replan = None
             if time.time() > forecast_at:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 forecast_at = math.inf
-            save_now = done == args.steps or stop or save_now and not bad_in_row  # not amid steps that are not finite
-        before = time.time()
-        if save_now:
+            due = due and not bad_in_row  # not amid steps that are not finite
+        before, last = time.time(), done == args.steps  # replan may have changed it
+        if due or stop or last:
             save(stage, ema, optimizer, watch, done)
         if stop:
             bar.close(), barrier()  # rank 0 has saved
             raise Stopped(stop, f"stopped after step {done:,}, which is saved; the same command goes on from there")
-        if args.grid_every and (done % args.grid_every == 0 or done == args.steps):
+        if args.grid_every and (done % args.grid_every == 0 or last):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
         bar.update()
@@ -457,7 +456,7 @@ SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training
 
 
 def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:
-    """Gives the first of the `stages` that are left its share of the hours that are left, and writes the plan.
+    """stages: those left. Gives the first of them its share of the hours that are left, and writes the plan.
 
     per_step: seconds of a step, measured on this stage's first ones. least: steps done. -> its steps in all."""
     left, stage = 3600 * plan["hours"] - sum(s or 0 for s in plan["seconds"]), stages[0]
@@ -476,7 +475,7 @@ def train_all(args, world):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
     args.fresh, plan = False, read_json(inside("plan.json"))
-    if plan is None:  # hours in all or None; of each stage its steps, and its seconds once fix_steps computes them
+    if plan is None:  # hours in all; of each stage its steps, and its seconds (fix_steps); begun: by this command
         images = len(find_images(args.data)[0])
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
         plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
@@ -485,7 +484,7 @@ def train_all(args, world):
     args.hours = plan["hours"]
     stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]
     print0("steps: " + ", ".join(f"{plan['steps'][n]:,} of {' and '.join(KINDS[n])}" for n in stages)
-           + f"; fewer if {args.hours} hours are too short" * bool(args.hours))
+           + (f"; fewer if {args.hours} hours are too short" if args.hours else ""))
     if args.dry_run:
         return
     for i, n in enumerate(stages):
@@ -495,8 +494,8 @@ def train_all(args, world):
             tokenise(args.data, args.run, source, world)
         missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
         ours = n in plan["begun"] or os.path.exists(state_path(mine))
-        if not ours and len(missing) < len(KINDS[n]):  # the user brought weights: all of this stage, or it is a mistake
-            refuse([(missing, f"{args.run} has no {''.join(missing)}.pt; train it first, with --stage 0 --only")])
+        if not ours and len(missing) < len(KINDS[n]):  # the user brought weights; one of two is a mistake
+            refuse((kind, f"{args.run} has no {kind}.pt; train it first: --stage 0 --only {kind}") for kind in missing)
             print0(f"stage {n} is skipped: {args.run} has the {' and '.join(KINDS[n])} of another training")
             continue
         plan["begun"] = sorted({*plan["begun"], n})

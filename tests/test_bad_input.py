@@ -503,7 +503,7 @@ def sampling_with_a_prior_of_other_classes(c):
     return sample(c, run=run)
 
 
-@case("pictures that sample.py knows nothing of")
+@case("numbered pictures without a settings.json")
 def folder_of_somebodys_pictures(c):
     os.makedirs(f"{c.new}/1")
     Image.new("RGB", (32, 32)).save(f"{c.new}/1/000000.png")
