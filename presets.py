@@ -103,30 +103,31 @@ def imagenet(fusion, network, recipe, kl=KLConfig(), condition="resampled", samp
     return Preset(256, VQConfig(), kl, PriorConfig(), generator, condition, (TOKENIZERS, PRIOR, recipe), sampling)
 
 
-# The tokenizers of the small presets start at half resolution, in parallel to a linear path of tiles: a code stands for
-# 8x8 pixels. The KL tokenizer of tiny merges its 8x8 positions into 4x4 latents of 128 channels: a quarter of the rows.
+# The tokenizers of the small presets start at half resolution, in parallel to a linear path of tiles. In tiny a code
+# stands for 4x4 pixels and a latent for 8x8: each latent has the four codes of its own place, which mask_tokens uses.
+# mask_min is 0.1, because most tokens are drawn when fewer than 70% are masked. queries, qformer_*: --fusion qformer.
 SMALL = dict(ch=32, ch_mult=(1, 2, 2), unshuffle=2, linear_path=True, z_channels=32)
 TINY = Preset(
-    64, VQConfig(**SMALL, blocks=1, codebook_size=512),
-    KLConfig(**SMALL, blocks=2, lapped=True, merge=2, noise=0.6, scale=None),
-    PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=8, dropout=0.2),
-    GeneratorConfig("cross_attention", dim=192, depth=4, heads=3, prefix=4, token_dim=128, grid=4, code_grid=8,
-                    head_depth=3, head_width=384, batch_mul=2, mask_min=0.1, dropout=0.0, queries=2,
+    64, VQConfig(**dict(SMALL, ch_mult=(1, 2)), blocks=1, codebook_size=512, lapped=True),
+    KLConfig(**SMALL, blocks=2, lapped=True, noise=0.6, scale=None),
+    PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=16, dropout=0.1),
+    GeneratorConfig("mask_tokens", dim=192, depth=4, heads=3, prefix=4, token_dim=32, grid=8, code_grid=16,
+                    head_depth=3, head_width=432, batch_mul=2, mask_min=0.1, dropout=0.0, queries=2,
                     qformer_width=192, qformer_layers=2, qformer_heads=3),
     "ground_truth",
     (Recipe(32, 10, 8e-3, warmup=0.5, decay=0.5, weight_decay=0.0, clip=1.0, ema=0.999),
-     Recipe(64, 40, 4e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),
-     Recipe(32, 100, 4.8e-3, warmup=1.0, decay=0.3, balanced=True, ema=0.999)),
-    Sampling(iterations=8, steps=25, cfg=3.0, prior_cfg=4.0, t_max=950))
+     Recipe(32, 31, 9.6e-3, warmup=1.0, decay=0.5, balanced=True, weight_decay=0.05, clip=1.0, ema=0.998),
+     Recipe(32, 34, 9.6e-3, warmup=1.0, decay=0.5, balanced=True, ema=0.999)),
+    Sampling(iterations=8, steps=25, cfg=2.0, prior_cfg=4.5, t_max=950))
 
 # Everything at its smallest, for the tests: it trains in seconds on a CPU.
 SMALLEST = dict(SMALL, ch_mult=(1, 1, 1), blocks=1)
 TOY = Preset(
-    32, VQConfig(**(SMALLEST | dict(z_channels=16)), codebook_size=64),
-    KLConfig(**(SMALLEST | dict(z_channels=8)), scale=None),
+    32, VQConfig(**dict(SMALLEST, z_channels=16), codebook_size=64),
+    KLConfig(**dict(SMALLEST, z_channels=8), scale=None),
     PriorConfig(dim=64, layers=2, heads=2, vocab=64, grid=4, dropout=0.0),
-    replace(TINY.generator, dim=64, depth=2, heads=2, token_dim=8, code_grid=0, head_depth=2, head_width=64,
-            batch_mul=4, qformer_width=64, qformer_layers=1, qformer_heads=2),
+    replace(TINY.generator, fusion="cross_attention", dim=64, depth=2, heads=2, token_dim=8, grid=4, code_grid=0,
+            head_depth=2, head_width=64, batch_mul=4, qformer_width=64, qformer_layers=1, qformer_heads=2),
     "ground_truth",
     (Recipe(16, 20, 8e-3, ema=0.99), Recipe(16, 60, 1.6e-2, ema=0.99), Recipe(16, 120, 1.6e-2, ema=0.99)),
     Sampling(iterations=8, steps=25, cfg=1.5, t_max=950))
@@ -141,6 +142,6 @@ PRESETS = {
     "mixar-b":     imagenet("mask_tokens", BASE, MAR, condition="mixed:0.5"),                     # 332M
     "mar-b":       imagenet("none", BASE, MAR, sampling=Sampling(iterations=256, cfg=2.9)),       # 208M: MAR Table 3
     "mar-l":       imagenet("none", LARGE, MAR, sampling=Sampling(iterations=256, cfg=3.0)),      # 478M
-    "tiny":        TINY,           # cross_attention; weights/tiny: 64x64 pixels, 8x8 codes, 4x4 latents
+    "tiny":        TINY,           # mask_tokens; weights/tiny: 64x64 pixels, 16x16 codes, 8x8 latents
     "toy":         TOY,            # cross_attention; the tests: 32x32 pixels, 4x4 codes and latents
 }

@@ -304,7 +304,6 @@ def state_path(args):
 def settings(stage) -> dict:
     """What a resumed run must have in common with its first part."""
     args, configs = stage.args, {kind: asdict(model.config) for kind, model in stage.trained.items()}
-    configs.get("kl", {}).pop("scale", None)  # measured, not chosen
     condition = stage.about.get("condition", "")
     moves = "-" in condition or stage.recipe.decay > 0  # then share of true codes or learning rate depend on steps
     steps = args.steps if moves and not args.hours else None
@@ -452,7 +451,7 @@ def train(args, world, replan=None):
 
 # ------------------------------------------------------------------------------------------------------- all stages
 
-SHARES = (0.15, 0.35, 0.5)  # of the stages in --hours; about as in the training of weights/tiny
+SHARES = (0.23, 0.42, 0.35)  # of the stages in --hours; about as in the training of weights/tiny
 
 
 def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) -> int:

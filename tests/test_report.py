@@ -111,7 +111,7 @@ def test_ticks():
 
 def test_headers(tmp_path):
     values = report.header(TINY / "generator.pt")
-    assert values["config.fusion"] == "cross_attention" and values["step"] == 30000 and values["preset"] == "tiny"
+    assert values["config.fusion"] == "mask_tokens" and values["step"] == 9969 and values["preset"] == "tiny"
     assert values["classes"] == "11 entries" and not any("state" in key for key in values)
     (tmp_path / "vq.pt").write_bytes(b"no weights")
     assert "checkpoints.py" in report.header(tmp_path / "vq.pt")["file"]

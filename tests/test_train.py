@@ -409,12 +409,12 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
 
 def test_hours_shorten_each_stage_to_its_share(tmp_path):
     path, plan = str(tmp_path / "plan.json"), {"hours": 1.0, "steps": [2000, 6000, 12000], "seconds": [None] * 3}
-    assert train.fix_steps(path, plan, [0, 1, 2], per_step=0.1, least=60) == 2000  # 200 s where 540 s are allowed
+    assert train.fix_steps(path, plan, [0, 1, 2], per_step=0.1, least=60) == 2000  # 200 s where 828 s are allowed
     assert plan["seconds"][0] == 200
     assert train.fix_steps(path, deepcopy(plan), [2], per_step=1.0, least=60) == 3400  # no prior: all that is left
-    assert train.fix_steps(path, plan, [1, 2], per_step=1.0, least=60) == int(3400 * 0.35 / 0.85)
+    assert train.fix_steps(path, plan, [1, 2], per_step=1.0, least=60) == int(3400 * 0.42 / 0.77)
     assert train.fix_steps(path, plan, [2], per_step=100.0, least=60) == 60 and plan["seconds"][2] == 6000
-    assert json.loads(Path(path).read_text()) == plan and plan["steps"] == [2000, 1400, 60]
+    assert json.loads(Path(path).read_text()) == plan and plan["steps"] == [2000, 1854, 60]
 
 
 def test_all_stages_skip_tokenizers_of_another_training(toy, ten, copy_run, works, script, monkeypatch):
@@ -466,9 +466,9 @@ def test_sizes_of_presets(script, ten, tmp_path):
         preset = sized(tiny, size)
         images, kl = torch.zeros(1, 3, size, size), KL(replace(preset.kl, scale=1.0))
         assert preset.image_size == size and preset.kl.z_channels == channels
-        assert VQ(preset.vq).encode(images).shape == (1, 16 * 16)
+        assert VQ(preset.vq).encode(images).shape == (1, 32 * 32)
         latents = kl.sample(kl.encode(images))
-        assert latents.shape == (1, 8 * 8, 4 * channels) and kl.decode(latents).shape == images.shape
+        assert latents.shape == (1, 16 * 16, channels) and kl.decode(latents).shape == images.shape
     for name, size, nearest in (("tiny", 100, 128), ("tiny", 1, 64), ("tiny", 512, 256), ("d2c-b", 128, 256)):
         with pytest.raises(UserError, match=f"--size {size} is not possible .* the nearest, --size {nearest}"):
             sized(PRESETS[name], size)

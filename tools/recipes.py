@@ -29,12 +29,12 @@ def generator(**changes):
 
 
 def tokenizers(vq, kl):
-    """tiny with these changes of VQConfig and KLConfig, and a warm-up that fits the short training."""
-    return replace(tiny, vq=replace(tiny.vq, **vq), kl=replace(tiny.kl, **kl),
+    """tiny with codes and latents of 8x8 pixels, these changes of VQConfig and KLConfig, and a shorter warm-up."""
+    return replace(tiny, vq=replace(tiny.vq, **{"ch_mult": (1, 2, 2)} | vq), kl=replace(tiny.kl, **kl),
                    recipes=(replace(tiny.recipes[0], warmup=0.1), *tiny.recipes[1:]))
 
 
-batch_32 = replace(tiny.recipes[2], batch=32, lr=2 * tiny.recipes[2].lr)  # twice the rate at 256: the same at 32
+batch_64 = replace(tiny.recipes[2], batch=64, lr=tiny.recipes[2].lr / 2)  # half the rate at 256: the same at 64
 GENERATORS = {
     "tiny": tiny,
     "width-128": generator(dim=128, heads=2), "width-256": generator(dim=256, heads=4),
@@ -43,7 +43,7 @@ GENERATORS = {
     "head-of-4-blocks": generator(head_depth=4),
     "4-draws-of-t": generator(batch_mul=4),
     "50%-to-100%-masked": generator(mask_min=0.5), "90%-to-100%-masked": generator(mask_min=0.9),
-    "batch-32": replace(tiny, recipes=(*tiny.recipes[:2], batch_32))}
+    "batch-64": replace(tiny, recipes=(*tiny.recipes[:2], batch_64))}
 narrow, coarse = dict(ch_mult=(1, 1, 2)), dict(ch_mult=(1, 2, 2, 2), z_channels=128)
 TOKENIZERS = {
     "8x8x32-512-codes": tokenizers({}, {}),
@@ -92,7 +92,7 @@ def compare_tokenizers(out, folder, pictures):
 
 
 def compare_generators(out, base, cache, folder):
-    rows = [(name, "cross_attention", "ground_truth") for name in GENERATORS]
+    rows = [(name, tiny.generator.fusion, "ground_truth") for name in GENERATORS]
     for chosen, seeds in ((rows[:1], (0, 1, 2)), (rows[1:], (0,))):
         compare(__file__, chosen, GENERATOR_SECONDS, ("true", "frechet", "steps", "cpu"), out, base, cache,
                 held_out(folder), seeds=seeds)

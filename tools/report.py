@@ -30,17 +30,18 @@ from runtime import UserError, write_file
 STAGES = {0: ("tokenizers", ("vq", "kl")), 1: ("prior", ("prior",)), 2: ("generator", ("generator",))}
 POINTS, PICTURES, WIDTH, EVERY = 300, 6, 1024, 30  # of a curve; of a stage; pixels of a picture; seconds of --watch
 TINY = {  # (step, loss) of the shipped run; its tokenizers were trained apart
-    1: [(1, 6.24), (500, 4.80), (1000, 4.65), (2000, 4.56), (3000, 4.51), (4000, 4.44), (5000, 4.40), (5864, 4.37)],
-    2: [(50, 1.9), (500, 0.415), (1000, 0.392), (2000, 0.369), (5000, 0.352), (10000, 0.342), (16000, 0.329),
-        (21000, 0.329), (24000, 0.323), (27000, 0.319), (30000, 0.315)]}
+    1: [(50, 6.18), (500, 4.27), (1000, 4.06), (2000, 3.93), (3000, 3.89), (4500, 3.85), (6000, 3.81), (7500, 3.76),
+        (9000, 3.73)],
+    2: [(50, 1.24), (250, 0.382), (500, 0.313), (1000, 0.295), (2000, 0.277), (3000, 0.272), (5000, 0.262),
+        (7000, 0.251), (9000, 0.246), (9969, 0.242)]}
 NORMAL = {
     0: "The loss is the sum of both tokenizers' losses. Presets tiny and toy start low, because their linear path "
        "starts at principal components: the KL tokenizer of tiny alone starts at 0.12 and has 0.085 after 1,500 steps. "
        "Judge by the pictures: photographs in the first row, what VQ and KL make of them in the next rows.",
     1: "The loss is the cross-entropy of one code. It starts near ln K, because an untrained prior gives all K codes "
-       "the same probability. Preset tiny (K = 512, ln K = 6.2) has 4.56 after 2,000 steps, 4.37 after 5,864.",
+       "the same probability. Preset tiny (K = 512, ln K = 6.2) has 3.93 after 2,000 steps, 3.73 after 9,000.",
     2: "The diffusion loss flattens early while the pictures go on improving, so judge by the pictures. Preset tiny "
-       "has 1.9 in its first 50 steps, 0.41 after 500, 0.33 after 16,000. The EMA is an average over the past steps: "
+       "has 1.24 in its first 50 steps, 0.31 after 500, 0.26 after 5,000. The EMA is an average over the past steps: "
        "early in a training its pictures are worse than those of the raw weights."}
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; max-width: 980px; margin: 2em auto }
 h2 { margin-top: 2em } p { max-width: 46em } .soft, figcaption { color: #6b7177 } figure { margin: 0 }
@@ -146,10 +147,10 @@ def section(stage, records, grids, headers):
                (("lr", "learning rate"), ("images_per_s", "images/s"), ("skipped", "skipped steps")) if curve(key)]
     shown = dict.fromkeys(grids[round(i * (len(grids) - 1) / (PICTURES - 1))] for i in range(PICTURES)) if grids else ()
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(records[-1].get("time", 0)))
+    caption = "Pictures by the raw weights in the upper half, by the EMA in the lower:" if shown else ""
     return f'<h2>Stage {stage}: {name}</h2><p>Step {records[-1]["step"]:,}, {when}. ' \
-           f'<span class="soft">{NORMAL[stage]}</span></p><div class="row">{"".join(charts)}</div><p class="soft">' \
-           'Pictures by the raw weights in the upper half, by the EMA in the lower:</p>' \
-           f'<div class="row">{"".join(map(picture, shown))}</div>'
+           f'<span class="soft">{NORMAL[stage]}</span></p><div class="row">{"".join(charts)}</div>' \
+           f'<p class="soft">{caption}</p><div class="row">{"".join(map(picture, shown))}</div>'
 
 
 def page(run, watched=False):
