@@ -170,7 +170,7 @@ class Images:
     names (their folders are classes) are None. settings: those that drew them, by default settings.json in the folder
     `path`, or in the folder X for X.npz."""
 
-    def __init__(self, path, content_hash, count, size, batches, names=None, labels=(), settings=None):
+    def __init__(self, path, identity, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
         settings = settings or sample.read_settings(path.removesuffix(".npz")) or {}
         refuse([(settings.get("coarse"),
@@ -179,7 +179,7 @@ class Images:
                  f"{path} holds {count} of {settings.get('num')} images; run the same sample.py command again")])
         counts = np.unique([*map(os.path.dirname, names or ())] or labels, return_counts=True)[1].tolist()
         counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
-        self.about = {"path": path, "hash": content_hash, "per_class": counts, "settings": settings or None}
+        self.about = {"path": path, "hash": identity, "per_class": counts, "settings": settings or None}
 
 
 def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Images:
@@ -205,8 +205,8 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
     size, threads = None, ThreadPoolExecutor(4)
     size = read(files[0]).shape[1:]
     load = lambda numbers: torch.from_numpy(np.stack([*threads.map(read, files[numbers.start:numbers.stop])]))
-    content = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])
-    return Images(root, content, len(files), size, partial(ahead, load), files)
+    identity = text_hash([[f, os.path.getsize(os.path.join(root, f))] for f in files])  # names and sizes, no contents
+    return Images(root, identity, len(files), size, partial(ahead, load), files)
 
 
 @contextmanager
