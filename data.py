@@ -351,7 +351,7 @@ def begin(out, h):
 
 
 def write_parts(out, h, world, images, paths, labels, vq, kl):
-    """Makes this rank's share of the missing parts. A file appears when its part is whole: a kill loses one a rank."""
+    """Makes this rank's share of the missing parts. A part's file appears when it is whole: a kill costs a rank one."""
     mine = [x for x in list(part_files(out, h).items())[world.rank::world.size] if not os.path.exists(x[0])]
     chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
     threads, bad = ThreadPoolExecutor(4), []

@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, steps of decay. --steps shortens the decay, --hours both."""
+        """-> highest learning rate, steps of warm-up, of decay. --steps shortens decay, --hours warm-up too."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
