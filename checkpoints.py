@@ -70,7 +70,7 @@ def save_deflated(content, file):
 
 def save(path: str, kind: str, config, state: dict, **meta):
     """Writes weights of `kind` with their config. meta: plain values (classes, step, sampling, ...)."""
-    state = {k: v.detach().clone() for k, v in state.items()}
+    state = {k: v.detach().clone() for k, v in state.items()}  # of a view, torch.save would write the whole storage
     write(path, {"format": FORMAT, "kind": kind, "config": asdict(config), "state": state, **meta})
 
 
@@ -153,15 +153,10 @@ def set_aside(paths: list):
         print0(f"{', '.join(map(os.path.basename, paths))} moved to {folder}")
 
 
-def load(path: str, kind: str, ema: bool = True):
-    """-> config and fp32 state for our module of `kind`. ema=False: raw weights of an official file, not its EMA."""
-    return parse(path, kind, read(path), ema)
-
-
 def load_model(path: str, kind: str, device="cpu"):
     """-> our module with the weights of `path`, frozen, in eval mode. `about`: other entries of a file of ours."""
     content = read(path)
-    config, state = parse(path, kind, content)
+    config, state = load(path, kind, content)
     if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{path} holds values that are not finite, in {bad[0]!r}; it is damaged or badly trained.")
     model = MODULES[kind](config)
@@ -179,8 +174,9 @@ def refuse_other(path: str, model, wanted: dict):
         raise UserError(f"{path} was trained on another cache, with other {', '.join(other)}; train it with --fresh.")
 
 
-def parse(path: str, kind: str, content: dict, ema: bool = True):
-    """As `load`, from the content that `read` returned. Refuses a state that has not exactly our module's tensors."""
+def load(path: str, kind: str, content: dict | None = None):
+    """-> config and fp32 state, exactly our module's tensors; the EMA if the file has one. content: from `read`."""
+    content = read(path) if content is None else content
     if (found := kind_of(path, content)) != kind:
         raise UserError(f"{path} holds {found} weights where {kind} is expected.")
     if "format" in content:
@@ -191,7 +187,7 @@ def parse(path: str, kind: str, content: dict, ema: bool = True):
     else:
         _, names, convert = OFFICIAL[kind]
         rename = lambda key: reduce(lambda key, pair: key.replace(*pair), names, key)
-        state = {rename(k): v for k, v in official_state(content, ema).items() if not k.startswith(IGNORED)}
+        state = {rename(k): v for k, v in official_state(content).items() if not k.startswith(IGNORED)}
         try:
             config, state = convert(path, content, state)
         except KeyError as error:
@@ -227,16 +223,16 @@ def read_classes(path: str) -> dict | None:
 
 
 # -------------------------------------------------------------------------------------------------- official layouts
-# `official_state` finds the tensors of an official file. `parse` gives each our name, lets a convert function read the
+# `official_state` finds the tensors of an official file. `load` gives each our name, lets a convert function read the
 # config from their shapes, and refuses unknown and absent tensors. The file's name is not looked at.
 
 EMA, RAW = ("model_ema", "ema"), ("model", "module", "state_dict")  # names of the weights in an official file
 IGNORED = ("quantize.codebook_used", "freqs_cis", "loss.", "foundation_model.", "linear_proj.")  # starts of names
 
 
-def official_state(content: dict, ema: bool = True) -> dict:
+def official_state(content: dict) -> dict:
     """The tensors of an official file, without the prefixes that DDP and torch.compile put before their names."""
-    entries = (content.get(name) for name in (EMA if ema else ()) + RAW)
+    entries = (content.get(name) for name in EMA + RAW)
     state = next((entry for entry in entries if isinstance(entry, dict)), content)  # content: a bare state dict
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()
             if isinstance(k, str) and isinstance(v, torch.Tensor)}
@@ -285,7 +281,7 @@ def convert_kl(path, content, state):
     state = {re.sub(r"^decoder\.levels\.(\d+)\.", ours, key): value for key, value in state.items()}
     config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
                       decoder_attention="decoder.levels.0.attn.0.q.weight" in state)
-    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state
+    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state  # KLConfig's is MAR's
 
 
 def convert_prior(path, content, state):
@@ -342,7 +338,7 @@ def describe(path: str) -> str:
     content = read(path)
     kind, own = kind_of(path, content), "format" in content
     refuse([(kind not in CONFIGS, f"{path} holds {kind}, not the weights of a model; give a file like kl.pt")])
-    config, state = parse(path, kind, content)
+    config, state = load(path, kind, content)
     whose = "this repository's" if own else f"{author(kind, config)}'s"
     ema = own or any(isinstance(content.get(name), dict) for name in EMA)  # train.py saves the EMA
     values = asdict(config)

@@ -16,11 +16,11 @@ tokens that it draws together. fast.py holds the same sampler in a faster form.
 
 Precision. When sample takes 100 steps, the first one multiplies an error of eps by 316 (x_from_eps * mean_x0, below),
 because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
-the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in loss and sample.
-HeadNet.forward keeps all but the blocks in fp32. `input` needs it because in sums of only C products errors do not
-cancel, `output` because 316 multiplies its errors; they and the embeddings are cheap. The blocks may round the inputs
-of their products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained head
-(100 steps, rounding imitated on a CPU, RMS of change over RMS of samples): TF32 in blocks 0.5%, bf16 throughout 15%."""
+the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in sample, and in
+loss, which trains the same net. HeadNet.forward keeps all but the blocks in fp32: `input`, because errors in sums of
+only C products do not cancel, `output`, because 316 multiplies its errors, and the cheap embeddings. The blocks may
+round inputs of products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained
+head (100 steps, rounding imitated on a CPU, RMS of change / RMS of samples): TF32 in blocks 0.5%, bf16 in all 15%."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,7 +198,7 @@ class DiffusionHead(nn.Module):
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
         is never used, because no noise is added at t = 0; it is there because the official code draws it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
-        t_max, still from noise[0]: it skips the noisiest steps, which amplify the errors of a briefly trained head."""
+        t_max, if steps > 1, still from noise[0]. It skips the noisiest steps, which amplify errors most."""
         N, C = len(z), self.config.token_dim
         s = Schedule(spaced_timesteps(steps, t_max))
         guided = cfg != 1

@@ -63,7 +63,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B or 2B, 3, H, 1, D/H]
             qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
-                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # of v's type, bf16 on CUDA
+                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # bf16 if autocast is on
             keys, values = caches[n]                                                 # each [B or 2B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
@@ -196,9 +196,8 @@ class Graphs:
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
 #    order. Here they stand in that of generation: visible tokens, those of this iteration, the others. Each group is
 #    a slice whose bounds the host knows. The plain loop selects by a mask, so the host waits for a GPU to count it.
-# 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and the keys and values that
-#    each cross-attention computes from it, are computed once per image. For the null class they are the same for all
-#    images: a caller may compute them once (prepare_null) for all its calls.
+# 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and each cross-attention's
+#    keys and values of it, are computed once per image; those of the null class once for all images (prepare_null).
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.

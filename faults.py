@@ -32,10 +32,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_script(main):
-    """Runs main() and ends the process: exit code 0, or 1 after an error, or 128 + number after a signal.
+    """Runs main() and ends the process: exit code 0; 1 after an error; 2 after a wrong flag; 128 + number of a signal.
 
     A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. If
-    several ranks fail, only the first one prints; all end."""
+    several ranks fail in main, only the first one prints; all end."""
     def stop(number, frame):
         raise Stopped(number, "stopped; run the same command again")
 
@@ -98,7 +98,8 @@ class Pulse:
                 note = self.notes.get(f"{other}") if self.notes.check([f"{other}"]) else None
                 if note != last:
                     last, heard = note, time.monotonic()
-                if note != b"over" and time.monotonic() - heard > SILENCE and self.end_all():
+                silent = note != b"over" and time.monotonic() - heard > SILENCE
+                if silent and self.end_all():
                     self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
                 if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for the main thread to end
                     os._exit(1)  # nothing less ends a main thread that waits inside a collective
@@ -141,7 +142,7 @@ def meet(store, rank: int, ranks: int) -> str:
     `torchrun --max-restarts` starts all ranks again when one has died, but keeps the same key-value store, which still
     holds addresses of dead ranks. Each start therefore puts a name, chosen by rank 0, before its keys. To get the name,
     each rank asks with a word that it has just invented, and rank 0 answers to this word, so no answer is left over
-    from an earlier start. A question may be: rank 0 answers all that it finds, until the living rank confirms."""
+    from an earlier start. A question may be left over: rank 0 answers all questions until the living rank confirms."""
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question of {rank}", word)

@@ -6,7 +6,7 @@
     python fid.py --reconstruct RUN IMAGES                  rFID, PSNR and SSIM of both tokenizers
     python fid.py IMAGES --save REF.npz --crop 256 --jpeg   statistics of your own images, to be used as REFERENCE
     python fid.py --table A/result.json B/result.json       prints several results as one Markdown table
-    torchrun --nproc_per_node=8 -- fid.py ...               any of these on 8 GPUs; the figures are as on one
+    torchrun --nproc_per_node=8 -- fid.py ...               one of the five above on 8 GPUs; the same figures
 
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt
@@ -155,9 +155,10 @@ def measure(args, world, images, features) -> dict:
     starts = starts[len(starts) * world.rank // world.size:len(starts) * (world.rank + 1) // world.size]
     batches = images.batches(range(i, min(i + args.batch, images.count)) for i in starts)
     bar = tqdm(batches, images.about["path"], len(starts), unit="batch", disable=args.dry_run or world.rank > 0)
-    merge = lambda a, b: {name: a[name] + b[name] for name in a} if a and b else a or b  # a rank may have no batch
-    sums = reduce(merge, (features(pixels.to(world.device)) for pixels in bar), {})
-    sums = reduce(merge, gather({name: x if isinstance(x, list) else x.cpu() for name, x in sums.items()}) or [], {})
+    add = lambda total, more: {name: total[name] + more[name] for name in more} if total else more  # lists are joined
+    sums = reduce(add, (features(pixels.to(world.device)) for pixels in bar), {})
+    ranks = gather({name: x if isinstance(x, list) else x.cpu() for name, x in sums.items()}) or []  # rank 0 has all
+    sums = reduce(add, filter(None, ranks), {})  # a rank without a batch gives {}
     return {name: torch.cat(x) if isinstance(x, list) else mean_and_covariance(x) for name, x in sums.items()}
 
 
@@ -301,7 +302,7 @@ def score(args, model, world):
     """The first mode: scores generated images, from files or drawn by a run."""
     reference, real, real_images = open_reference(args, model) if args.reference else (None, {}, None)
     images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
-    size = (reference or {}).get("size", images.size)
+    size = real_images.size if real_images else (reference or {}).get("size", images.size)
     refuse([(size != images.size, f"{args.reference} has or comes from images of {size} pixels, but these have "
                                   f"{images.size}; give another --crop (statistics: make them again with it)")])
     if real_images:
@@ -454,8 +455,7 @@ def main():
     if args.table:
         return print(table(args.table))
     world, args.start = setup(args.device), time.time()
-    model = Inception(find_inception(args.inception), PROTOCOLS[args.protocol][0])
-    model.to(world.device, memory_format=torch.channels_last if world.device.type == "cpu" else torch.contiguous_format)
+    model = Inception(find_inception(args.inception), PROTOCOLS[args.protocol][0], world.device)
     (save if args.save else reconstruct if args.reconstruct else score)(args, model, world)
     barrier()  # the other ranks wait while rank 0 computes the figures
 

@@ -169,7 +169,7 @@ class Inception(nn.Module):
 
     resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or another's."""
 
-    def __init__(self, weights_path: str, resize: str = "tf1"):
+    def __init__(self, weights_path: str, resize: str = "tf1", device="cpu"):
         super().__init__()
         self.resize = {"tf1": resize_tf1, "torch": resize_torch}[resize]
         state, sha256 = checkpoints.read(weights_path), file_hash(weights_path)
@@ -184,12 +184,13 @@ class Inception(nn.Module):
         if different := sorted(ours ^ file, key=str):
             raise UserError(f"{weights_path} is not the Inception of pytorch-fid and torch-fidelity: see the tensor "
                             f"{different[0][0]!r}; torchvision's Inception has other weights and cannot be used.")
-        self.network.load_state_dict(state, assign=True)
+        self.network.load_state_dict(state, assign=True)  # batch norms' num_batches_tracked may be absent from a file
         self.eval().requires_grad_(False).double()  # in float64, folding rounds the weights once, at the end
         for unit in self.network.modules():
             if isinstance(unit, ConvBN):
                 unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
-        self.to(dtype=torch.float32, memory_format=torch.channels_last)  # channels last: 1.5 times as fast on a CPU
+        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+        self.to(device, torch.float32, memory_format=layout)  # channels last: 1.5 times as fast on a CPU
 
     @torch.no_grad()
     def forward(self, images):

@@ -47,7 +47,7 @@ class Sampling:
     prior_temperature: float = flag(0.99, "the prior divides its logits by it")
     top_k: int = flag(0, "the prior draws from its k likeliest codes; 0: from all")
     top_p: float = flag(1.0, "the prior draws from the fewest codes that have this probability together")
-    t_max: int = flag(999, "timestep where the diffusion head starts; below 999, its errors are magnified less")
+    t_max: int = flag(999, "timestep where the diffusion head starts; below 999, its first steps magnify errors less")
 
 
 @dataclass(frozen=True)

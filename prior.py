@@ -200,7 +200,7 @@ class Prior(nn.Module):
 def choose(logits, cfg, temperature, top_k, top_p, uniform):
     """Logits [B, K], or [2B, K] with the null rows after the conditional ones -> one code per image [B]."""
     if temperature <= 0:
-        raise ValueError("the temperature must be above 0; top_k=1 takes the likeliest codes")
+        raise ValueError("the temperature must be above 0; top_k=1 takes the likeliest code")
     if cfg != 1:
         cond, null = logits.chunk(2)
         logits = null + cfg * (cond - null)
@@ -210,7 +210,7 @@ def choose(logits, cfg, temperature, top_k, top_p, uniform):
 def filter_logits(logits, top_k=0, top_p=1.0):
     """logits [..., K] -> the same with -inf outside the k likeliest codes and outside the nucleus of probability top_p.
 
-    The nucleus also keeps the code with which the sum of probabilities exceeds top_p. 0 and 1.0 keep all codes."""
+    Codes equal to the k-th stay too, and the code with which the nucleus exceeds top_p. 0 and 1.0 keep all codes."""
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # START: of this start, by faults.Pulse
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # START is set by faults.Pulse, see faults.meet
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)
@@ -255,9 +255,7 @@ def passes(module, last: bool):
 
 
 def whole(value):
-    """Copies a nested dict or list. All ranks must call it. Values that are not sharded stay as they are.
-
-    Of a sharded tensor rank 0 gets the whole, on the CPU; the other ranks get None."""
+    """Copies a nested dict or list. All ranks call it. Of a sharded tensor rank 0 gets the whole, the others None."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -315,7 +315,7 @@ def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None
             "start": start and checkpoints.checksum({**vars(start), "shown": None})}
 
 
-def checksums(run: Run) -> dict:  # of the weights that draw: the EMA where there is one
+def checksums(run: Run) -> dict:  # of the loaded weights
     models = {kind: getattr(run, kind) for kind in ("vq", "kl", "prior", "generator")}
     return {kind: checkpoints.checksum(model.state_dict()) for kind, model in models.items() if model}
 
@@ -334,8 +334,7 @@ def same_settings(out, settings, num):
     changed = [k for k in settings if there and there.get(k) != settings[k]]
     refuse([(strangers, f"{out} holds numbered pictures without a settings.json; choose another --out"),
             (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
-    num = max(num, there.get("num", 0))  # fid.py checks that the folder holds so many pictures
-    write_json(os.path.join(out, "settings.json"), {**settings, "num": num})
+    write_json(os.path.join(out, "settings.json"), {**settings, "num": max(num, there.get("num", 0))})  # for fid.Images
 
 
 def about(path: str):
@@ -451,7 +450,7 @@ def write_folder(run: Run, args, facts: dict, origin: dict, world):
     folder = args.out.removesuffix(".npz")
     if world.rank == 0:
         same_settings(folder, facts, args.num)
-        sweep(folder)
+        sweep(folder)  # temporary files of commands that were killed
     barrier()
     names = [picture_name(run, args.labels, i) for i in range(args.num)]
     paths = [os.path.join(folder, name) for name in names]

@@ -145,8 +145,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, Z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
-    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u] (see Autoencoder). Each
-    pixel of it mixes latents of several tiles. Without c.lapped it depends on one latent, which x holds already."""
+    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u] (see Autoencoder), which
+    this decoder completes. Tried with c.lapped only: docs/experiments.md, "A tokenizer without a grid"."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -257,11 +257,12 @@ def border_filter(stride):
     """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
 
     Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
-    latent depends on pixels up to half a tile beyond the borders, and its error e passes them smoothly: it is e/2 on
-    both sides of a border and falls to -e/5, where it ends. It is a lapped transform (Malvar & Staelin 1989; Tran and
-    others 2003). Of the n = stride / 2 pairs of pixels that mirror each other at the border, the sums stay. Differences
-    are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way back. V.T turns wave k of DCT-II
-    into wave k of DCT-IV, which is 0 at the border: n equal differences (an edge) become a quarter of a cosine."""
+    latent depends on pixels up to half a tile beyond the borders, and its error e falls smoothly: from 1.2e at the
+    tile's centre to e/2 at the border and -e/5 half a tile beyond, where it ends. It is a lapped transform (Malvar &
+    Staelin 1989; Tran and others 2003). Of the n = stride / 2 pairs of pixels that mirror each other at the border, the
+    sums stay. Differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way back. V.T
+    turns wave k of DCT-II into wave k of DCT-IV, which is 0 at the border: n differences e (an edge) become a quarter
+    of a cosine, from 0 to sqrt(2) e. With sums e the outermost pair is (e + sqrt(2) e) / 2 and (e - sqrt(2) e) / 2."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -320,7 +321,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves vectors that no image used since the last call onto encoded vectors of `images`. -> which ones."""
+        """Moves vectors that no image used since the last call to encodings of `images`. -> the moved ones' indices."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -329,7 +330,7 @@ class VQ(Autoencoder):
         return dead
 
     def fit(self, images, generator):
-        """One channel is constant. Normalising loses a vector's length, but not the ratio of length to constant."""
+        """d - 1 components and a constant. Normalising loses their length, but their ratio to the constant tells it."""
         tiles = self.tiles(images)
         mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
         axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                      # mean length 1, the constant's size
@@ -416,7 +417,7 @@ class KL(Autoencoder):
 
 def latent_scale(batches):
     """An iterable of moments [n, 2Z, h, h] -> 1 / std of posterior samples, computed from their means and variances."""
-    n = total = squares = 0.0  # tensors of float64 after the first batch
+    n, total, squares = 0, 0.0, 0.0  # sums of float64
     for moments in batches:
         mean, logvar = (x.double() for x in KL.posterior(moments.cpu()))
         n, total, squares = n + mean.numel(), total + mean.sum(), squares + (mean**2 + logvar.exp()).sum()

@@ -9,12 +9,12 @@
     torchrun --nproc_per_node=8 train.py --stage 2      # defaults: --preset d2c-b --data data/cache --run runs/d2c-b
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
-own --run-path. The same command again resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA weights), states
-train-N.pt (with --only vq: train-0-vq.pt) and the one before, grids/, log.jsonl. A resumed run may log steps again.
+own --run-path. The same command, without --fresh, resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA), the
+states train-N.pt (--only vq: train-0-vq.pt) and the ones before, grids/, log.jsonl. A resumed run may log steps again.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
-are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout,
-only if passes are of equal size). SIGTERM and Ctrl-C end a run after this step or the next, saved."""
+are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout or
+KL's noise, only if passes are of equal size). SIGTERM and Ctrl-C end a run after this step or the next, saved."""
 import argparse
 import math
 import os
@@ -192,8 +192,8 @@ class GeneratorStage(Stage):
             args.grid_every = 0
         code_dim = (self.frozen["prior"].config if "prior" in self.frozen else preset.prior).dim
         config = replace(preset.generator, fusion=fusion, classes=len(self.classes),
-                         grid=self.data.header["latent_grid"] // kl.config.merge, token_dim=kl.config.token_dim,
-                         code_grid=self.grid, vocab=self.codes, code_dim=code_dim)
+                         grid=self.data.header["latent_grid"] // kl.config.merge,  # a latent is merge x merge positions
+                         token_dim=kl.config.token_dim, code_grid=self.grid, vocab=self.codes, code_dim=code_dim)
         try:
             model = generator.Generator(config)
         except ValueError as error:
@@ -222,7 +222,7 @@ class GeneratorStage(Stage):
 
 
 STAGES = (Tokenizers, PriorStage, GeneratorStage)
-BLOCKS = (generator.Block, prior.Block)
+BLOCKS = (generator.Block, prior.Block)  # they hold most weights and activations: see --recompute, --shard
 FORECAST = 60.0  # seconds after which a stage says how long it will take
 
 
@@ -334,10 +334,10 @@ def resume(stage):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # `stage` itself stays unwrapped
+    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # Attention: the Q-Former's
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
-        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay, as for all of MAR's head
+        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay (MAR's); a frozen p gets no gradient
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
     if state is not None:  # the moments alone: the state may come from another kind of device, with other settings
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
@@ -428,7 +428,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             save(stage, ema, optimizer, watch, done)
         if stop:
             bar.close(), barrier()  # rank 0 has saved
-            raise Stopped(stop, f"stopped after step {done:,}, which is saved; the same command goes on from there")
+            raise Stopped(stop, f"stopped after step {done:,}, which is saved; run it again, without --fresh")
         if args.grid_every and (done % args.grid_every == 0 or last):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
@@ -479,7 +479,8 @@ def train_all(args, world):
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
         plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
     agree(plan, "the plan")
-    refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh")])
+    refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh"),
+            (plan["hours"] and "-" in (args.condition or ""), "the --hours of plan.json exclude --condition P-Q")])
     args.hours = plan["hours"]
     stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]
     print0("steps: " + ", ".join(f"{plan['steps'][n]:,} of {' and '.join(KINDS[n])}" for n in stages)

@@ -283,7 +283,7 @@ def test_psnr_and_ssim(golden):
 class Fake(nn.Module):
     """Features in no time: random projections of the mean colours of a 4x4 grid, as Inception's in shape and name."""
 
-    def __init__(self, path, resize="tf1"):
+    def __init__(self, path, resize="tf1", device="cpu"):
         super().__init__()
         self.about = {"file": "fake.pth", "sha256": "0123456789", "resize": resize}
         random = torch.Generator().manual_seed(0)
@@ -425,6 +425,8 @@ def test_references_of_four_kinds(fake, drawn, toy, works, script, tmp_path):
     assert "another resize of Inception" in refused("adm.npz", "--protocol", "pytorch-fid")
     assert "no images for precision" in refused("ours.npz", "--metrics", "pr")
     assert "no statistics for sFID" in refused("pytorch-fid.npz", "--metrics", "sfid")
+    np.savez("large.npz", **{**np.load("adm.npz"), "arr_0": np.zeros((20, 64, 64, 3), np.uint8)})
+    assert "images of [64, 64] pixels" in refused("large.npz", "--protocol", "adm")
     for change, words in ({"sha256": "fedcba"}, "another sha256"), ({}, "images of [64, 64] pixels"):
         changed = made | {"size": [64, 64], "inception": made["inception"] | change}
         np.savez("changed.npz", mu=mu, sigma=sigma, about=json.dumps(changed))

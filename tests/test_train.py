@@ -402,6 +402,8 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert steps_of(run) == [3, 3, 3]
     result = script(*all_stages(ten, run, "--hours", 2))
     assert result.code == 1 and "plan.json is for other --hours" in result.err
+    result = script(*all_stages(ten, run, "--condition", "mixed:1-0.3"))  # the hours of the first command still count
+    assert result.code == 1 and "exclude --condition P-Q" in result.err
     assert "moved to" not in works(*all_stages(ten, run, "--fresh", "--dry-run"))
     assert "steps: 12 of vq and kl" in works(*all_stages(ten, run, "--fresh", *less))
     assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))

@@ -137,7 +137,7 @@ def bench_fid(args, preset):
     plain = inception.Network()
     with tempfile.TemporaryDirectory() as folder:
         torch.save(plain.state_dict(), path := os.path.join(folder, "inception.pth"))
-        plain, ours = plain.eval().to(args.device), inception.Inception(path, "torch").to(args.device)
+        plain, ours = plain.eval().to(args.device), inception.Inception(path, "torch", args.device)
     yield in_turn(args, "features of 256 pixels", len(images),
                   lambda: plain(inception.resize_torch(images)), lambda: ours(images))
 
