@@ -292,7 +292,7 @@ def convert_prior(path, content, state):
         grid = round((len(table) - 1) ** 0.5)  # a row for each position and one for the class
     elif hasattr(args, "image_size"):
         grid = args.image_size // getattr(args, "downsample_size", 16)
-    else:  # no tensor tells; B and L are 16x16 at 256 pixels, XL and XXL 24x24 at 384
+    else:  # no tensor tells; B and L are taken for 16x16 (256 pixels), XL and XXL for 24x24 (384)
         grid = 24 if layers in (36, 48) else 16
         print0(f"note: {path} does not say its grid; it is taken for {grid}x{grid}")
     heads = max(1, dim // 64)  # 64 channels per head, in all of LlamaGen's sizes but 3B

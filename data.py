@@ -208,7 +208,7 @@ class Order:
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
         self.share = -(-len(images) // len(self.groups))  # images per class and epoch, rounded up
         self.seed, self.views = seed, views
-        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the thread that loads ahead may be an epoch further
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: main thread and loading thread may be an epoch apart
 
     def __len__(self):
         return self.share * len(self.groups)

@@ -90,8 +90,7 @@ class Pulse:
         self.thread.start()
 
     def watch(self):
-        other = (self.rank + 1) % self.size
-        last, heard = None, time.monotonic()
+        other, last, heard = (self.rank + 1) % self.size, None, time.monotonic()
         try:
             for beat in count():
                 self.notes.set(f"{self.rank}", f"{beat}")
@@ -126,7 +125,7 @@ class Pulse:
             print(f"rank {self.rank} ends with the error above, and all other ranks end with it", file=sys.stderr)
 
     def end_all(self) -> bool:
-        """Ends all ranks within about a second. True for the rank that calls it first, which tells the user why."""
+        """Ends all ranks within about two seconds. True for the rank that calls it first, which tells the user why."""
         return self.notes.add("end", 1) == 1
 
     def stop(self):

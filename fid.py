@@ -6,7 +6,7 @@
     python fid.py --reconstruct RUN IMAGES                  rFID, PSNR and SSIM of both tokenizers
     python fid.py IMAGES --save REF.npz --crop 256 --jpeg   statistics of your own images, to be used as REFERENCE
     python fid.py --table A/result.json B/result.json       prints several results as one Markdown table
-    torchrun --nproc_per_node=8 -- fid.py ...               one of the five above on 8 GPUs; the same figures
+    torchrun --nproc_per_node=8 -- fid.py ...               any but --table on 8 GPUs; the figures are as on one
 
 GENERATED   a folder of lossless images at any depth, or an .npz with arr_0 uint8 [N, H, W, 3]
 REFERENCE   either of these, or statistics: an .npz of ADM, pytorch-fid or --save, or torch-fidelity's cached .pt

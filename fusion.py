@@ -21,8 +21,8 @@ copies of the class token in front of the tokens, as working memory, and learned
                      runs over codes and tokens together                                       DisCon  P = n + L_q
     mask_tokens      prefix: n class tokens; mask_codes: the embedded codes of each position   MixAR   P = n
 
-All but `none` embed codes as h_q = Linear(Embed(q) + position). Embed is a frozen copy of the prior's code table,
-rescaled. This is D2C Eq. 4 plus a learned position, without which cross-attention and Q-Former would see a set.
+All but `none` embed codes as h_q = Linear(Embed(q) + position). Embed is a copy of the prior's code table, rescaled
+and, as in D2C, frozen. This is D2C Eq. 4 plus a learned position, without which attention to the codes would see a set.
 Class and codes are dropped together: where is_null, one learned vector (`fake_code`) replaces each Embed(q).
 
 To add a sixth fusion:
@@ -137,7 +137,7 @@ class QFormer(nn.Module):
 
 class Fusion(nn.Module):
     """What all fusions share. prefix_rows is P; class_rows says how many of them hold the class token."""
-    reads_codes = False  # True: sampling needs a prior and a VQ tokenizer
+    reads_codes = False  # True: a run needs a prior, and VQ to encode and to show codes
 
     def __init__(self, c):
         super().__init__()

@@ -299,6 +299,6 @@ def masked_counts(L, iterations):
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))
-        now = min(now - 1, m)  # at least 1, as iterations <= L
+        now = min(now - 1, m)  # stays at least 1, for the last iteration, as iterations <= L
         counts.append(now)
     return counts + [0]

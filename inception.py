@@ -184,7 +184,7 @@ class Inception(nn.Module):
         if different := sorted(ours ^ file, key=str):
             raise UserError(f"{weights_path} is not the Inception of pytorch-fid and torch-fidelity: see the tensor "
                             f"{different[0][0]!r}; torchvision's Inception has other weights and cannot be used.")
-        self.network.load_state_dict(state, assign=True)  # batch norms' num_batches_tracked may be absent from a file
+        self.network.load_state_dict(state, assign=True)  # PyTorch fills in num_batches_tracked
         self.eval().requires_grad_(False).double()  # in float64, folding rounds the weights once, at the end
         for unit in self.network.modules():
             if isinstance(unit, ConvBN):

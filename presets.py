@@ -69,7 +69,8 @@ def true_share(condition: str) -> tuple:
     text = {"resampled": "mixed:0", "ground_truth": "mixed:1"}.get(condition, condition)
     found = re.fullmatch(r"mixed:(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
     shares = (float(found[1]), float(found[2] or found[1])) if found else None
-    refuse([(not shares or max(shares) > 1, "--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with "
+    refuse([(condition == "teacher_forced", "--condition teacher_forced is now called resampled"),
+            (not shares or max(shares) > 1, "--condition must be ground_truth, resampled, mixed:P or mixed:P-Q with "
              f"shares from 0 to 1, e.g. mixed:1-0.3, not {condition}")])
     return shares
 
@@ -78,7 +79,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
-    twice the z_channels, as a code has 4 times the pixels. Prior and generator follow the cache, see train.py."""
+    twice the z_channels, as a latent has 4 times the pixels. Prior and generator follow the cache, see train.py."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))

@@ -1,7 +1,7 @@
 """Where the code runs: device, ranks, random numbers, files, and the one kind of error that a user sees.
 
-A program that trains or samples calls `setup()` first. Under plain `python` it is rank 0 of 1. Under torchrun it joins
-a process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among its ranks (DDP, FSDP2)."""
+A program that trains or samples calls `setup()` first. It is rank 0 of 1, unless torchrun starts several: then it joins
+their process group (NCCL on CUDA, gloo on CPU), and `spread` divides a training among them (DDP, FSDP2)."""
 import glob
 import hashlib
 import json
@@ -161,6 +161,8 @@ def write_file(path: str, fill, kept: str | None = None):
             os.replace(path, kept)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if "CUDA" in str(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
     finally:

@@ -2,7 +2,7 @@
 
     python sample.py --class 207                              # 16 golden retrievers by weights/tiny -> sample.png
     python sample.py --class "golf ball" --num 4 --seed 3     # by name, other pictures
-    python sample.py --run runs/mine --class all              # another run, every class that it knows
+    python sample.py --run runs/mine --class all              # another run, every class (over 256: --out DIR)
     python sample.py --class church --show-coarse             # the decoded codes beside each picture
     python sample.py --class 497 --frames church.gif          # also a film: the pictures after every iteration
     python sample.py --class church --edit IMAGE --keep MASK  # keeps what is white in the mask, draws the rest
@@ -370,7 +370,7 @@ def parse():
     one.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
     one.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
-    parser.add_argument("--num", type=int, help="pictures in all (default: 16, for several classes 8 each)")
+    parser.add_argument("--num", type=int, help="pictures in all (default: 16; of several classes 8 each, 256 at most)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="sample.png", help="FILE.png: a grid; DIR: files; FILE.npz: and one array")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
@@ -405,7 +405,8 @@ def prepare(args, run: Run, world):
             (args.plain and (args.graphs or args.compile), "--plain excludes --graphs and --compile"),
             (args.graphs and run.device.type != "cuda", "--graphs is for CUDA")])
     args.sampling, args.labels = choose_sampling(args, run), find_classes(run.classes, args.class_)
-    args.num = args.num or (16 if len(args.labels) == 1 else 8 * len(args.labels))
+    each = 16 if len(args.labels) == 1 else max(1, min(8, 256 // len(args.labels)))  # pictures of a class
+    args.num = args.num or each * len(args.labels)
     refuse([(args.one_file and (world.size > 1 or args.num > 256),
              "for more than 256 pictures or several ranks give a folder: --out DIR")])
     args.start = start_like(run, args.like) if args.like else None
@@ -481,7 +482,7 @@ def main():
         return
     begun, run.graphs = time.time(), fast.Graphs() if args.graphs else None
     if args.compile:
-        fast.compile_blocks()
+        fast.compile_blocks()  # for all models in this process
     facts = {**describe(run, args.sampling, args.seed, args.labels, args.start), "coarse": args.show_coarse}
     origin = {"class": args.class_, "num": args.num, "run": args.run,
               "command": shlex.join(["python", "sample.py", *sys.argv[1:]])}

@@ -208,8 +208,7 @@ class Autoencoder(nn.Module):
         return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
 
     def lap(self, images, back=False):
-        """Applies the border filter across every border between tiles; `back` undoes it. A strip of half a tile
-        at each edge of the image has no neighbour and stays as it is."""
+        """Applies the border filter across every border between tiles, not at the image.s edges; `back` undoes it."""
         if not self.config.lapped:
             return images
         half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T is M @ row; @ M undoes it
@@ -321,7 +320,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Moves vectors that no image used since the last call to encodings of `images`. -> the moved ones' indices."""
+        """Vectors that no image used since the last call become encodings of `images`. -> their indices."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]

@@ -10,7 +10,7 @@
 
 With --run write `torchrun --nproc_per_node=8 -- train.py ...`: without the two dashes torchrun takes our flag for its
 own --run-path. The same command, without --fresh, resumes. A run directory gets {vq,kl,prior,generator}.pt (EMA), the
-states train-N.pt (--only vq: train-0-vq.pt) and the ones before, grids/, log.jsonl. A resumed run may log steps again.
+states train-N.pt (--only vq: train-0-vq.pt) and train-N.previous.pt, grids/, log.jsonl, which may repeat steps.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
 are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout or
@@ -36,7 +36,7 @@ import sample
 from data import Cache, Folder, batches, find_images, tokenise
 from diffloss import HeadBlock, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
-from fusion import FUSIONS, Attention
+from fusion import FUSIONS, MapperLayer
 from presets import PRESETS, sized, true_share
 from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, make_folder, passes, print0,
                      read_json, refuse, rng, setup, shard_moments, spread, unsharded, whole, write_json)
@@ -280,9 +280,6 @@ def parse_args():
 
 def build(args, world) -> Stage:
     """Makes the stage with random weights, fills in the settings that no flag gives, and prints them."""
-    if args.condition == "teacher_forced":
-        print0("note: --condition teacher_forced is now called resampled")
-        args.condition = "resampled"
     agree({k: v for k, v in vars(args).items() if k not in ("data", "run")}, "their flags")  # paths may differ
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, sized(PRESETS[args.preset], args.size), world)
@@ -334,7 +331,7 @@ def resume(stage):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, Attention))  # Attention: the Q-Former's
+    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, MapperLayer))  # the last: the Q-Former's
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
         groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay (MAR's); a frozen p gets no gradient
@@ -403,7 +400,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
-        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 from the start: 90% random at 1,000
+        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # a constant 0.9999: 90% random at 1,000
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - kept)
         notes.update(stage.after(step, ema))
@@ -415,7 +412,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
                 grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             logged, clock, notes = done, time.time(), {}
-            if replan and done >= min(3 * args.log_every, args.steps):  # by the third speed; the first may be too low
+            if replan and done >= min(first + 3 * args.log_every, args.steps):  # not by the first speed, too low
                 seconds = all_mean(torch.tensor(args.batch / speed, device=device))  # of a step, the same on every rank
                 args.steps = bar.total = replan(float(seconds), done)
                 replan = None
@@ -470,6 +467,7 @@ def fix_steps(path: str, plan: dict, stages: list, per_step: float, least: int) 
 def train_all(args, world):
     """--stage all: tokenizers, cache, prior, generator and a picture of every class. Run again, it continues."""
     inside, preset = lambda name: os.path.join(args.run, name), sized(PRESETS[args.preset], args.size)
+    true_share(args.condition or preset.condition)  # refuses a wrong --condition now, and not hours later
     if args.fresh and not args.dry_run and world.rank == 0 and not is_restart() and os.path.isdir(args.run):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
@@ -509,7 +507,7 @@ def train_all(args, world):
         images = torch.cat([sample.generate(run, i // each, indices=i.tolist()).images for i in parts])
         sample.save_picture(sample.grid(images, each if each > 1 else math.isqrt(len(images))), inside("samples.png"))
     barrier()
-    print0(f"{inside('samples.png')} shows every class. More: python sample.py --run {args.run} --class all")
+    print0(f"{inside('samples.png')} shows every class. More: python sample.py --run {args.run} --class NAME")
 
 
 def main():

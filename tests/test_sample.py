@@ -477,6 +477,8 @@ def test_two_ranks_write_the_same_files(toy, files, two_ranks, tmp_path):
 def test_dry_run_writes_nothing(toy, works, tmp_path):
     out = works("sample", "--run", toy.run, "--class", "all", "--out", tmp_path / "out", "--dry-run", "--cfg", 2.5)
     assert not (tmp_path / "out").exists() and "cfg 2.5" in out and "80 pictures of 10 classes" in out
+    # so many classes that 8 pictures of each would not go into one file
+    assert "240 pictures of 40 classes" in works("sample", "--run", toy.run, "--class", "all,all,all,all", "--dry-run")
 
 
 # ------------------------------------------------------------------------------------------------------- broken models

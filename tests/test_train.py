@@ -278,11 +278,9 @@ def test_conditions_differ(toy, copy_run, works):
     assert len(set(curves.values())) == 4
 
 
-def test_old_word_for_resampled(toy, copy_run, works):
-    run = copy_run("vq", "kl", "prior")
-    assert "teacher_forced is now called resampled" in works(*command(toy, 2, run, 1, "--condition", "teacher_forced"))
-    assert checkpoints.read(f"{run}/generator.pt")["condition"] == "resampled"
-    assert "at step 1" in works(*command(toy, 2, run, 2, *RESAMPLED))
+def test_old_word_for_resampled(toy, copy_run, script):
+    result = script(*command(toy, 2, copy_run("vq", "kl", "prior"), 1, "--condition", "teacher_forced"))
+    assert result.code == 1 and "teacher_forced is now called resampled" in result.err
 
 
 def test_share_of_true_codes(toy, copy_run, works, monkeypatch):
@@ -402,6 +400,8 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert steps_of(run) == [3, 3, 3]
     result = script(*all_stages(ten, run, "--hours", 2))
     assert result.code == 1 and "plan.json is for other --hours" in result.err
+    result = script(*all_stages(ten, tmp_path / "new", "--condition", "ressampled"))  # before hours of tokenizers
+    assert result.code == 1 and "not ressampled" in result.err and not (tmp_path / "new").exists()
     result = script(*all_stages(ten, run, "--condition", "mixed:1-0.3"))  # the hours of the first command still count
     assert result.code == 1 and "exclude --condition P-Q" in result.err
     assert "moved to" not in works(*all_stages(ten, run, "--fresh", "--dry-run"))
