@@ -208,7 +208,7 @@ class Autoencoder(nn.Module):
         return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
 
     def lap(self, images, back=False):
-        """Applies the border filter across every border between tiles, not at the image.s edges; `back` undoes it."""
+        """Applies the border filter across every border between tiles, not at the image's edges; `back` undoes it."""
         if not self.config.lapped:
             return images
         half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T is M @ row; @ M undoes it
