@@ -169,7 +169,7 @@ def load_model(path: str, kind: str, device="cpu"):
 
 def refuse_other(path: str, model, wanted: dict):
     """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
-    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}  # about: names of classes
+    its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}  # `classes`: the names
     if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
         raise UserError(f"{path} was trained on another cache, with other {', '.join(other)}; train it with --fresh.")
 
@@ -365,7 +365,7 @@ def copy_in_half_precision(source: str, target: str):
     for kind in kinds:
         path, copy = (os.path.join(folder, f"{kind}.pt") for folder in (source, target))
         content = read(path)
-        refuse([("format" not in content, f"{path} is an official file; copy it as it is")])
+        refuse([("format" not in content, f"{path} is an official file; only our own are copied")])
         content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
         if "tokenizers" in content:  # their weights have just been rounded
             rounded = lambda k: load(os.path.join(target, f"{k}.pt"), k)[1]

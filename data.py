@@ -208,7 +208,7 @@ class Order:
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
         self.share = -(-len(images) // len(self.groups))  # images per class and epoch, rounded up
         self.seed, self.views = seed, views
-        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: main thread and loading thread may be an epoch apart
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: train.py also asks from its main thread
 
     def __len__(self):
         return self.share * len(self.groups)
@@ -336,13 +336,13 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
 
 
 def begin(out, h):
-    """Writes a first header, or checks that the present one belongs to the same images, tokenizers and settings."""
+    """Writes a first header, or checks that the present one has the same image names, tokenizers and settings."""
     left = sum(len(numbers) for file, numbers in part_files(out, h).items() if not os.path.exists(file))  # images
     if os.path.exists(os.path.join(out, "header.json")):
         sweep(out)
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
-            raise UserError(f"{out} has other images, tokenizers, --size, --views or --seed; choose another --out.")
+            raise UserError(f"{out} has other images, tokenizers, --size, --views or --seed; choose another folder.")
     elif left < h["images"]:
         raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
@@ -437,6 +437,8 @@ def toy_picture(label: int, random: np.random.Generator, size: int = 64) -> Imag
 def write_toy(count: int, out: str):
     """Writes toy pictures as an image folder. Picture i depends on i only, not on their count."""
     names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
+    there = checkpoints.read_classes(os.path.join(out, "classes.tsv"))
+    refuse([(there and "warm_disc" not in there, f"{out} holds other images; choose another --out")])
     for name in names:
         os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
     with open(os.path.join(out, "classes.tsv"), "w") as f:

@@ -18,7 +18,7 @@ Precision. When sample takes 100 steps, the first one multiplies an error of eps
 because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
 the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in sample, and in
 loss, which trains the same net. HeadNet.forward keeps all but the blocks in fp32: `input`, because errors in sums of
-only C products do not cancel, `output`, because 316 multiplies its errors, and the cheap embeddings. The blocks may
+only C products do not cancel; `output` and the embeddings, because they are cheap in any precision. The blocks may
 round inputs of products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained
 head (100 steps, rounding imitated on a CPU, RMS of change / RMS of samples): TF32 in blocks 0.5%, bf16 in all 15%."""
 import math

@@ -29,7 +29,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Only for fp32, without gradients, while no weights change."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Without autocast and gradients, while no weights change."""
 
     def __init__(self):
         self.copies = {}
@@ -63,7 +63,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B or 2B, 3, H, 1, D/H]
             qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
-                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # bf16 if autocast is on
+                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # bf16 under autocast
             keys, values = caches[n]                                                 # each [B or 2B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
@@ -321,9 +321,9 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other: on a CPU small tensors reuse freed memory, large ones get new memory from the system. What all draws share is
-# computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean
-# of their means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
+# other, to save time: a CPU's small tensors reuse freed memory, large ones wait for new memory of the system. What all
+# draws share is computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many
+# rows, so the mean of their means is the mean of all. Saves a factor of 1.1 to 1.3 (d2c-b, batch 8).
 
 def head_net(net, z):
     """-> a function like HeadNet.forward, (x_t, t, z) -> [..., N, 2C], that uses this z in place of its argument."""

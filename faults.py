@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from runtime import PATIENCE, UserError, World, all_mean, is_first
 
-SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
+SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead; before its first sign 15 times that
 
 
 # ------------------------------------------------------------------------------------------------ how a program ends
@@ -97,7 +97,7 @@ class Pulse:
                 note = self.notes.get(f"{other}") if self.notes.check([f"{other}"]) else None
                 if note != last:
                     last, heard = note, time.monotonic()
-                silent = note != b"over" and time.monotonic() - heard > SILENCE
+                silent = note != b"over" and time.monotonic() - heard > (SILENCE if last else 15 * SILENCE)
                 if silent and self.end_all():
                     self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
                 if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for the main thread to end

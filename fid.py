@@ -167,9 +167,8 @@ def measure(args, world, images, features) -> dict:
 class Images:
     """`count` images of `size` [H, W] in a fixed order. names: the path of each, or None. `about`: for result.json.
 
-    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, where
-    names (their folders are classes) are None. settings: those that drew them, by default settings.json in the folder
-    `path`, or in the folder X for X.npz."""
+    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, if names
+    (in class folders) is None. settings: what drew them; by default settings.json in the folder (in X for X.npz)."""
 
     def __init__(self, path, identity, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
@@ -177,7 +176,7 @@ class Images:
         refuse([(settings.get("coarse"),
                  f"{path} holds images beside their decoded codes; draw them again without --show-coarse"),
                 (names and count < settings.get("num", 0),
-                 f"{path} holds {count} of {settings.get('num')} images; run the same sample.py command again")])
+                 f"{path} holds {count} of {settings.get('num')} images; run sample.py with this --num again")])
         counts = np.unique([*map(os.path.dirname, names or ())] or labels, return_counts=True)[1].tolist()
         counts = {"classes": len(counts), "fewest": min(counts), "most": max(counts)} if counts else None
         self.about = {"path": path, "hash": identity, "per_class": counts, "settings": settings or None}
@@ -190,7 +189,7 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
     files = sorted(f for f in glob.glob("**", root_dir=root, recursive=True) if f.lower().endswith(LOSSLESS + LOSSY))
     lossy = [f for f in files if f.lower().endswith(LOSSY) and not jpeg]
     gone = [f for f in files if not os.path.exists(os.path.join(root, f))]
-    refuse([(not os.path.isdir(root), f"{root} is neither a folder of images nor an .npz or .pt file"),
+    refuse([(not os.path.isdir(root), f"{root} is neither a folder of images nor an .npz (or, as REFERENCE, a .pt)"),
             (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
             (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
                     f"FID: save PNG files, or give --jpeg if these are the originals"),
@@ -394,9 +393,9 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
     out = args.out or os.path.join(beside, "result.json")
     write_json(out, {
         "figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
-        "reference": reference, "reconstructed": args.reconstruct, "inception": model.about,
+        "reference": reference, "reconstructed": args.reconstruct, "inception": model.about, "jpeg": args.jpeg,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": str(world.device), "ranks": world.size, "batch": args.batch, "seconds": seconds})
+        "device": str(world.device), "ranks": world.size, "batch": args.batch, "crop": args.crop, "seconds": seconds})
     print0(table([out]))
     fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):

@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # START is set by faults.Pulse, see faults.meet
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # keys of this start only: see faults.meet
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)
@@ -124,8 +124,8 @@ def gather(value):
 def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
-    Training and sampling seed every draw by such a key, so a resumed run needs no saved generator."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+    It seeds every draw of training and sampling: a resumed run needs no saved one. On CPUs 32 bits of a seed count."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")  # below 2**63
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -257,7 +257,7 @@ def passes(module, last: bool):
 
 
 def whole(value):
-    """Copies a nested dict or list. All ranks call it. Of a sharded tensor rank 0 gets the whole, the others None."""
+    """A nested dict or list, unsharded. All ranks call it. Of a sharded tensor rank 0 gets the whole, others None."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -233,7 +233,7 @@ def to_uint8(images):
 
 def start_edit(run: Run, path: str, mask: str) -> Start:
     """--edit PATH --keep MASK: codes and latents that are white as a whole in the mask stay."""
-    picture, white = open_picture(path), open_picture(mask)
+    picture, white = open_picture(path, run.pixels), open_picture(mask, run.pixels)
     W, H = picture.size
     refuse([(white.size != (W, H), f"{mask} must be as large as {path}: {W} x {H} pixels")])
     white = torch.from_numpy(np.asarray(center_crop(white, run.pixels)).min(2) >= 128).to(run.device)    # [H, W]
@@ -251,11 +251,11 @@ def start_edit(run: Run, path: str, mask: str) -> Start:
 def start_like(run: Run, path: str) -> Start:
     """--like PATH: all codes of the picture stay, and all latents are drawn."""
     refuse([(run.prior is None, "--like: this run has no codes to take")])
-    return start_from(run, open_picture(path))
+    return start_from(run, open_picture(path, run.pixels))
 
 
-def open_picture(path) -> Image.Image:
-    picture = open_image(path)
+def open_picture(path, size) -> Image.Image:
+    picture = open_image(path, size)
     refuse([(picture is None, f"{path} is not there, or is no readable image")])
     return picture
 
@@ -370,7 +370,7 @@ def parse():
     one.add_argument("--class", dest="class_", metavar="CLASS", help="id or name, several with commas, or all")
     one.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
-    parser.add_argument("--num", type=int, help="pictures in all (default: 16; of several classes 8 each, 256 at most)")
+    parser.add_argument("--num", type=int, help="pictures in all (default: 16; of several classes 8 or fewer each)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="sample.png", help="FILE.png: a grid; DIR: files; FILE.npz: and one array")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")

@@ -174,11 +174,9 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """What VQ and KL share: images to a grid with a position per stride x stride pixels, and back.
 
-    grid_out: the channels that to_grid returns; grid_in: those that to_images takes.
-
-    With `linear_path` two linear maps of tiles (stride x stride pixels), patch_in and patch_out, run in parallel to
-    encoder and decoder. The last layer of each convolutional branch starts at zero, and fit_linear_path sets the maps
-    to principal components of real tiles. So training starts at the quality of a PCA codec."""
+    grid_out: the channels that to_grid returns; grid_in: those that to_images takes. With `linear_path` two linear maps
+    of tiles (stride x stride pixels), patch_in and patch_out, run beside encoder and decoder. The last layer of each
+    convolutional branch starts at zero, and fit_linear_path sets the maps to principal components: a PCA codec."""
 
     def __init__(self, c, grid_out, grid_in, encoder_out, encoder_attention, decoder_attention):
         super().__init__()

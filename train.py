@@ -242,7 +242,7 @@ def parse_args():
         "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
         "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
-    add("--hours", type=float, help="stage all: shorten the stages to this time in all, not counting the cache")
+    add("--hours", type=float, help="stage all: shorten the stages to this time in all, without cache, saves, grids")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
     add("--accumulate", type=int, help="passes per optimizer step (default: as few as its pass size allows)")
@@ -254,7 +254,7 @@ def parse_args():
     add("--save-every", type=int, default=500, help="steps")
     add("--grid-every", type=int, default=1000, help="steps; 0 for no pictures")
     add("--shard", action="store_true", help="divide weights, EMA and optimizer among the ranks (FSDP2): less memory")
-    add("--fresh", action="store_true", help="start over; files of the stage (all: of RUN) are moved to RUN/before-N")
+    add("--fresh", action="store_true", help="start over; weights and states (all: everything) move to RUN/before-N")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     all_stages, folder = args.stage == "all", args.stage in ("0", "all")
@@ -471,7 +471,7 @@ def train_all(args, world):
     if args.fresh and not args.dry_run and world.rank == 0 and not is_restart() and os.path.isdir(args.run):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
-    args.fresh, plan = False, read_json(inside("plan.json"))
+    args.fresh, plan = False, None if args.fresh and args.dry_run else read_json(inside("plan.json"))
     if plan is None:  # hours in all; of each stage its steps, and its seconds (fix_steps); begun: by this command
         images = len(find_images(args.data)[0])
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]

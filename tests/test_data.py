@@ -485,6 +485,12 @@ def test_toy_pictures_do_not_depend_on_their_number(toy, tmp_path, works):
         assert a.shape == (64, 64, 3) and np.array_equal(a, b)
 
 
+def test_toy_pictures_leave_other_images_alone(script, tmp_path):
+    (tmp_path / "classes.tsv").write_text("folder\tid\tname\nmine\t0\tmine\n")
+    result = script("data", "--toy", 1, "--out", tmp_path)
+    assert result.code == 1 and "holds other images" in result.err and os.listdir(tmp_path) == ["classes.tsv"]
+
+
 def test_toy_pictures_vary():
     picture = lambda label, seed: np.asarray(data.toy_picture(label, np.random.default_rng(seed))).astype(int)
     pictures = [picture(label, seed) for label in range(10) for seed in range(2)]

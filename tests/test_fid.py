@@ -364,7 +364,7 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     folder = shutil.copytree(drawn / "x", tmp_path / "deep" / "x")
     assert script("fid", folder.parent, "--metrics", "is").code == 0  # any depth
     os.remove(folder / "1" / "000022.png")
-    assert "holds 23 of 24 images; run the same sample.py command again" in refused(folder)
+    assert "holds 23 of 24 images; run sample.py with this --num again" in refused(folder)
     (folder / "settings.json").write_text('{"coarse": true}')
     assert "draw them again without --show-coarse" in refused(folder)
     os.remove(folder / "settings.json")

@@ -404,7 +404,8 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert result.code == 1 and "not ressampled" in result.err and not (tmp_path / "new").exists()
     result = script(*all_stages(ten, run, "--condition", "mixed:1-0.3"))  # the hours of the first command still count
     assert result.code == 1 and "exclude --condition P-Q" in result.err
-    assert "moved to" not in works(*all_stages(ten, run, "--fresh", "--dry-run"))
+    said = works(*all_stages(ten, run, "--fresh", "--dry-run", "--hours", 2))  # neither moves nor obeys what is there
+    assert "moved to" not in said and "steps: 12 of vq and kl" in said and "if 2.0 hours" in said
     assert "steps: 12 of vq and kl" in works(*all_stages(ten, run, "--fresh", *less))
     assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))
 
