@@ -168,7 +168,7 @@ def load_model(path: str, kind: str, device="cpu"):
 
 
 def refuse_other(path: str, model, wanted: dict):
-    """Refuses a model, loaded from `path`, whose config or file says something else than `wanted`."""
+    """Refuses a model, loaded from `path`, if config, file or its tokenizers (vq, kl) say other than `wanted`."""
     its = {**asdict(model.config), **model.about, **model.about.get("tokenizers", {})}  # `classes`: the names
     if other := [name for name, value in wanted.items() if its.get(name, value) != value]:
         raise UserError(f"{path} was trained on another cache, with other {', '.join(other)}; train it with --fresh.")

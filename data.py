@@ -208,7 +208,7 @@ class Order:
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
         self.share = -(-len(images) // len(self.groups))  # images per class and epoch, rounded up
         self.seed, self.views = seed, views
-        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: train.py also asks from its main thread
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the main thread may read another (Tokenizers.after)
 
     def __len__(self):
         return self.share * len(self.groups)
@@ -297,7 +297,7 @@ def ahead(load, steps):
 
 
 def batches(data, world, batch: int, micro: int, first: int, last: int):
-    """Yields (rows, tensors) for each pass of the steps first to last - 1; rows: a slice of the batch, this rank's."""
+    """Yields (rows, tensors) for each pass of steps first to last - 1; rows: this rank's slice of `micro` images."""
     cuda = world.device.type == "cuda"
     rows = [slice(start, start + micro) for start in range(world.rank * micro, batch, world.size * micro)]  # per pass
     numbers = (range(step * batch, (step + 1) * batch)[r] for step in range(first, last) for r in rows)
@@ -352,7 +352,7 @@ def begin(out, h):
 
 
 def write_parts(out, h, world, images, paths, labels, vq, kl):
-    """Makes this rank's share of the missing parts. A part's file appears when it is whole: a kill costs a rank one."""
+    """Makes this rank's share of the missing parts. A file appears when its part is whole: a kill costs a part each."""
     mine = [x for x in list(part_files(out, h).items())[world.rank::world.size] if not os.path.exists(x[0])]
     chunks = [numbers[i:i + CHUNK] for _, numbers in mine for i in range(0, len(numbers), CHUNK)]
     threads, bad = ThreadPoolExecutor(4), []

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from runtime import PATIENCE, UserError, World, all_mean, is_first
 
-SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead; before its first sign 15 times that
+SILENCE = 20.0  # seconds without a sign of life after which a rank is dead; 15 times that before its first sign
 
 
 # ------------------------------------------------------------------------------------------------ how a program ends
@@ -97,9 +97,9 @@ class Pulse:
                 note = self.notes.get(f"{other}") if self.notes.check([f"{other}"]) else None
                 if note != last:
                     last, heard = note, time.monotonic()
-                silent = note != b"over" and time.monotonic() - heard > (SILENCE if last else 15 * SILENCE)
-                if silent and self.end_all():
-                    self.tell(f"rank {other} has shown no sign of life for {SILENCE:.0f} seconds; all ranks end")
+                limit = SILENCE if last else 15 * SILENCE
+                if note != b"over" and time.monotonic() - heard > limit and self.end_all():
+                    self.tell(f"rank {other} has shown no sign of life for {limit:.0f} seconds; all ranks end")
                 if self.notes.check(["end"]) and not self.over.wait(1.0):  # a second for the main thread to end
                     os._exit(1)  # nothing less ends a main thread that waits inside a collective
                 if self.over.wait(1.0):
@@ -163,7 +163,7 @@ def meet(store, rank: int, ranks: int) -> str:
 
 
 def is_restart() -> bool:
-    """Has this torchrun started the command before? Rank 0 alone may ask, and once, because asking counts."""
+    """Has this torchrun started the command before? Then --fresh is done. Rank 0 alone asks, once, as asking counts."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     store = next(dist.rendezvous("env://"))[0]  # torchrun's variable above counts for each node on its own
@@ -199,7 +199,7 @@ class Watch:
             raise Stopped(number, "stopped after the last step; the same command goes on")
 
     def note(self, number, frame):
-        """Remembers a signal until the step is done. A second Ctrl-C stops at once, but torchrun sends each twice."""
+        """Remembers a signal until the step is done. A second Ctrl-C ends a single process (torchrun sends two)."""
         if self.signal and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ and not self.hosts:
             raise KeyboardInterrupt
         self.signal.fill_(number)

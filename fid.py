@@ -53,8 +53,8 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """FID: |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, of means [D] and covariances [D, D] (1706.08500, Eq. 6).
 
     With S1 = R R^T, S1 S2 has the eigenvalues of R^T S2 R. That matrix is symmetric, so they are real, where scipy's
-    sqrtm can give imaginary parts. R leaves out the directions in which S1 has no variance, as it has with N <= D
-    images: rounding would give them eigenvalues of 1e-16, whose square roots, 1e-8 each, would add up."""
+    sqrtm can give imaginary parts. R leaves out directions in which S1 has no variance; with N <= D
+    images there are some. Rounding would give them eigenvalues of 1e-16, whose roots, 1e-8 each, would add up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
     refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
             (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
@@ -197,7 +197,7 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
 
     def read(file):
         image = read_image(os.path.join(root, file), crop, upright=False)
-        refuse([(image is None, f"{root}/{file} is no readable image; make it again or remove it")])
+        refuse([(image is None, f"{root}/{file} is no readable image, or too large; make it again or remove it")])
         refuse([(size and size != image.shape[1:],
                  f"{root} holds images of several sizes, see {file}; --crop cuts a reference")])
         return image

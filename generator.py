@@ -11,7 +11,7 @@ to draw the token from z. Sampling starts with all tokens masked and draws some 
     .hidden(latents [B, L, C], classes [B], codes, mask [B, L])  -> z [B, L, D]; mask 1 = masked
     .loss(latents, classes, codes, mask, t, noise, drop)         -> scalar: self.hidden, then head.loss where mask is 1
     .generate(classes, codes, ...)                               -> latents: a loop of hidden, head.sample, fill in
-    .draw(B, generator)                                          -> Draws: all random numbers of a training step
+    .draw(B, generator)                                          -> Draws: all random numbers of a step but dropout's
 
     rows of the encoder:  [ prefix P | visible tokens V ]
             the decoder:  [ prefix P | all tokens L, a mask token where one is masked ]
@@ -38,7 +38,7 @@ class GeneratorConfig:
     dim: int = 768             # D
     depth: int = 12            # encoder blocks, and again as many decoder blocks
     heads: int = 12
-    prefix: int = 64           # n of fusion.py: rows in front of the tokens, class tokens with most fusions
+    prefix: int = 64           # n of fusion.py: class tokens in front; some fusions replace a few, or add rows
     token_dim: int = 16        # C
     grid: int = 16             # L = grid * grid tokens
     code_grid: int = 0         # codes per side; 0: one code per token
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class Draws(NamedTuple):
-    """All random numbers of a training step on B images."""
+    """All random numbers of a training step on B images, but those of dropout."""
     drop: torch.Tensor             # [B] bool, True where an image loses its class and its codes
     mask: torch.Tensor             # [B, L], 1 = masked, equally many per image
     t: torch.Tensor                # [M, B, L] diffusion timesteps

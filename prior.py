@@ -133,7 +133,7 @@ class Prior(nn.Module):
     # ------------------------------------------------------------------------------------------------- training
 
     def draw(self, B, generator=None):
-        """What a training step draws for B images: drop [B] bool, True where the class becomes the null class.
+        """What a training step draws for B images (beside dropout): drop [B] bool, True where the class becomes null.
 
         It is drawn outside of `loss`, for the whole batch of a step; each rank takes the rows of its images."""
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
@@ -144,6 +144,7 @@ class Prior(nn.Module):
         logits = self(codes[:, :-1], classes)                                                # no code follows the last
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
+    @torch.no_grad()
     def resample(self, codes, classes, uniform):
         """Draws every code again from p(q_i | q_<i, class), given the *true* codes before it. Call eval() first.
 
@@ -151,9 +152,7 @@ class Prior(nn.Module):
         D2C trains its generator on these codes: like sampled ones, they contain mistakes of the prior."""
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
-        with torch.inference_mode():
-            drawn = torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])
-        return drawn.clone()  # autograd accepts no tensor of inference mode; the clone is a normal one
+        return torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])
 
     def mixture(self, codes, classes, share, uniform):
         """Keeps each true code with probability `share`, else takes the resampled one: 0 is D2C. Call eval() first.

@@ -50,7 +50,7 @@ def setup(device: str | None = None) -> World:
     if ranks == 1:
         return World(device)
     store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # keys of this start only: see faults.meet
+    store = dist.PrefixStore(os.environ.get("START", "start"), store)  # START: see faults.meet, which names starts
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks,
                             timeout=PATIENCE)
     return World(device, rank, ranks)

@@ -256,7 +256,7 @@ def start_like(run: Run, path: str) -> Start:
 
 def open_picture(path, size) -> Image.Image:
     picture = open_image(path, size)
-    refuse([(picture is None, f"{path} is not there, or is no readable image")])
+    refuse([(picture is None, f"{path} is not there, is no readable image, or is too large")])
     return picture
 
 
@@ -334,7 +334,8 @@ def same_settings(out, settings, num):
     changed = [k for k in settings if there and there.get(k) != settings[k]]
     refuse([(strangers, f"{out} holds numbered pictures without a settings.json; choose another --out"),
             (changed, f"{out} holds pictures made with other {', '.join(changed)}; choose another --out")])
-    write_json(os.path.join(out, "settings.json"), {**settings, "num": max(num, there.get("num", 0))})  # for fid.Images
+    num = max(num, there.get("num", 0))  # fid.py refuses a folder with fewer
+    write_json(os.path.join(out, "settings.json"), {**settings, "num": num})
 
 
 def about(path: str):

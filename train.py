@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, of decay. --steps shortens decay, --hours warm-up too."""
+        """-> highest learning rate, steps of warm-up, of decay. Only --hours shortens the warm-up."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
@@ -377,7 +377,7 @@ def show(stage, ema, step):
 def loop(stage, ema, loss_of, optimizer, watch, first, replan):
     """All steps of a stage, from step `first` to the last. replan: as in `train`."""
     args, device = stage.args, stage.device
-    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)  # replan may end it
+    data = batches(stage.data, stage.world, args.batch, stage.micro, first, args.steps)  # replan may lower args.steps
     done, logged, clock, notes, forecast_at = first, first, time.time(), {}, time.time() + FORECAST
     bar = tqdm(total=args.steps, initial=first, desc=f"stage {args.stage}", unit=" steps", mininterval=1,
                disable=stage.world.rank > 0)
@@ -400,7 +400,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         norms = [nn.utils.clip_grad_norm_(model.parameters(), stage.recipe.clip) for model in stage.trained.values()]
         step_unless(watch.bad(total, norms), optimizer)  # a step that is not finite changes no weights
         optimizer.zero_grad(set_to_none=True)
-        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # a constant 0.9999: 90% random at 1,000
+        kept = min(stage.recipe.ema, (1 + step) / (10 + step))  # 0.9999 alone keeps 90% of the start at 1,000
         with torch.no_grad():  # without it the EMA would keep the graph of every step so far
             torch._foreach_lerp_(list(ema.parameters()), list(stage.trained.parameters()), 1 - kept)
         notes.update(stage.after(step, ema))
@@ -419,7 +419,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             if time.time() > forecast_at:
                 print0(f"stage {args.stage}: about {(args.steps - done) * args.batch / speed / 3600:.2f} hours to go")
                 forecast_at = math.inf
-            due = due and not bad_in_row  # not amid steps that are not finite
+            due = due and not bad_in_row  # keep the save from before the trouble
         before, last = time.time(), done == args.steps  # replan may have changed it
         if due or stop or last:
             save(stage, ema, optimizer, watch, done)
