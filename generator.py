@@ -46,7 +46,7 @@ class GeneratorConfig:
     head_depth: int = 6        # of the diffusion head
     head_width: int = 1024
     batch_mul: int = 4         # M draws of (t, noise) per token and training step
-    mask_min: float = 0.7      # the smallest share of tokens masked in training (MAR); sampling goes below
+    mask_min: float = 0.7      # least share of tokens masked in training; MAR's choice; sampling goes below
     dropout: float = 0.1
     class_drop: float = 0.1    # share of training images whose class and codes become null, together
     vocab: int = 16384         # K, number of different codes

@@ -318,7 +318,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Vectors that no image used since the last call become encodings of `images`. -> their indices."""
+        """Vectors that no image used since the last call become encodings of `images`, if enough. -> which did."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
@@ -384,8 +384,8 @@ class KL(Autoencoder):
         return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
     def draw(self, B, h, generator=None):
-        """What a training step on B images with h x h positions draws: the posterior's noise and an added noise, each
-        [B, Z, h, h], and the strength of the added one [B, 1, 1, 1], in [0, 1). On the model's device."""
+        """What a training step draws for its B images, of which each rank takes its own: the posterior's noise and an
+        added noise, each [B, Z, h, h], and the strength of the added one [B, 1, 1, 1] (unused if config.noise is 0)."""
         shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
         return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
