@@ -339,7 +339,7 @@ def begin(out, h):
     """Writes a first header, or checks that the present one has the same image names, tokenizers and settings."""
     left = sum(len(numbers) for file, numbers in part_files(out, h).items() if not os.path.exists(file))  # images
     if os.path.exists(os.path.join(out, "header.json")):
-        sweep(out)
+        sweep(out)  # temporary files of commands that were killed
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
             raise UserError(f"{out} has other images, tokenizers, --size, --views or --seed; choose another folder.")

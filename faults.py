@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_script(main):
-    """Runs main() and ends the process: exit code 0; 1 after an error; 2 after a wrong flag; 128 + number of a signal.
+    """Runs main() and ends the process: exit code 0; 1 after an error; 2 from argparse; 128 + number of a signal.
 
     A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. If
     several ranks fail in main, only the first one prints; all end."""

@@ -387,7 +387,7 @@ def labelled(figures, n) -> dict:
 
 
 def report(args, images: Images, reference: dict | None, figures, model, world):
-    """Writes result.json, the figures with everything that they depend on, and prints it as a table."""
+    """Writes result.json, the figures and the settings behind them (of --reconstruct the path), and prints a table."""
     n, seconds = images.count, round(time.time() - args.start, 1)
     beside = args.images if not (args.run or args.reconstruct) and os.path.isdir(args.images) else ""
     out = args.out or os.path.join(beside, "result.json")

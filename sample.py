@@ -55,7 +55,7 @@ class Run:
     generator: Generator
     vq: VQ | None
     prior: Prior | None
-    classes: list        # [external id, name] by index
+    classes: list        # [external id, a number; name] by index
     sampling: Sampling   # what the run recommends
     device: torch.device
     graphs: fast.Graphs | None = None
@@ -171,7 +171,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     s = check_sampling(run, replace(sampling or run.sampling, **settings), start)
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     B, codes, seen = len(classes), None, []
-    generators = [rng(run.device, "sample", seed, i) for i in (range(B) if indices is None else indices)]
+    generators = [rng(run.device, "sample", int(seed), int(i)) for i in (range(B) if indices is None else indices)]
     with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # off in the head
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
@@ -310,7 +310,7 @@ def picture_name(run: Run, labels: list, i: int) -> str:
 
 
 def describe(run: Run, s: Sampling, seed: int, labels: list, start: Start | None = None) -> dict:
-    """Everything that decides how pictures look. labels: indices of classes."""
+    """What decides how pictures look, but for the kind of device. labels: indices of classes."""
     return {"sampling": asdict(s), "seed": seed, "classes": labels, "weights": checksums(run),
             "start": start and checkpoints.checksum({**vars(start), "shown": None})}
 

@@ -258,8 +258,8 @@ def border_filter(stride):
     tile's centre to e/2 at the border and -e/5 half a tile beyond, where it ends. It is a lapped transform (Malvar &
     Staelin 1989; Tran and others 2003). Of the n = stride / 2 pairs of pixels that mirror each other at the border, the
     sums stay. Differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way back. V.T
-    turns wave k of DCT-II into wave k of DCT-IV, which is 0 at the border: n differences e (an edge) become a quarter
-    of a cosine, from 0 to sqrt(2) e. With sums e the outermost pair is (e + sqrt(2) e) / 2 and (e - sqrt(2) e) / 2."""
+    turns wave k of DCT-II into wave k of DCT-IV, which is 0 at the border: n equal differences, an edge from e to 0,
+    become a quarter of a cosine, 0 to sqrt(2) e. So the tiles' centres get (e + sqrt(2) e) / 2, (e - sqrt(2) e) / 2."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -318,7 +318,7 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Vectors that no image used since the last call become encodings of `images`, if enough. -> which did."""
+        """Vectors that no image used since the last call become encodings of `images`, while these last. -> which."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]

@@ -82,7 +82,7 @@ class Stage(nn.Module):
         return os.path.join(self.args.run, f"{kind}.pt")
 
     def pace(self):
-        """-> highest learning rate, steps of warm-up, of decay. Only --hours shortens the warm-up."""
+        """-> highest learning rate, steps of warm-up, of decay. Warm-up is in epochs; --hours shortens it."""
         args, recipe, images = self.args, self.recipe, len(self.data)
         shorter = args.steps / recipe.steps(images, args.batch) if args.hours else 1.0
         warmup = recipe.warmup * images / args.batch * shorter
@@ -242,7 +242,7 @@ def parse_args():
         "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
         "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
-    add("--hours", type=float, help="stage all: shorten the stages to this time in all, without cache, saves, grids")
+    add("--hours", type=float, help="stage all: shorten the stages to this time in all, beside cache, saves, grids")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
     add("--accumulate", type=int, help="passes per optimizer step (default: as few as its pass size allows)")
@@ -311,7 +311,7 @@ def settings(stage) -> dict:
 def resume(stage):
     """-> ema, loss_of, optimizer, watch, first step: from the state, or new. loss_of: the stage, wrapped."""
     args, world = stage.args, stage.world
-    fresh = args.fresh and world.rank == 0 and not is_restart()
+    fresh = args.fresh and world.rank == 0 and not is_restart()  # rank 0 moves the files
     state = checkpoints.find_state(state_path(args), f"train-{args.stage}", settings(stage),
                                    [stage.file(kind) for kind in stage.trained], fresh)
     if state is None:
@@ -471,7 +471,7 @@ def train_all(args, world):
     if args.fresh and not args.dry_run and world.rank == 0 and not is_restart() and os.path.isdir(args.run):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
-    args.fresh, plan = False, None if args.fresh and args.dry_run else read_json(inside("plan.json"))
+    args.fresh, plan = False, (None if args.fresh and args.dry_run else read_json(inside("plan.json")))
     if plan is None:  # hours in all; of each stage its steps, and its seconds (fix_steps); begun: by this command
         images = len(find_images(args.data)[0])
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
