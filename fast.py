@@ -129,7 +129,7 @@ def sample_head(head, z, z_null=None, cfg=1.0, steps=100, temperature=1.0, noise
         loop = lambda *inputs: reverse(head, s, temperature, linear or FewRows(), *inputs)
         if graphs is None:
             return loop(z, times, noise, cfg)
-        return graphs((id(head), N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
+        return graphs((head, N, guided, steps, t_max, temperature), loop, z, times, noise, cfg)
 
 
 def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):

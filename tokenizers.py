@@ -176,7 +176,7 @@ class Autoencoder(nn.Module):
 
     grid_out: the channels that to_grid returns; grid_in: those that to_images takes. With `linear_path` two linear maps
     of tiles (stride x stride pixels), patch_in and patch_out, run beside encoder and decoder. The last layer of each
-    convolutional branch starts at zero, and fit_linear_path sets the maps to principal components: a PCA codec."""
+    convolutional branch starts at zero, fit_linear_path sets the maps: a short training need not learn a PCA codec."""
 
     def __init__(self, c, grid_out, grid_in, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
@@ -219,7 +219,7 @@ class Autoencoder(nn.Module):
     def fit_linear_path(self, images, generator=None):
         """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU. The model must be new.
 
-        VQ and KL have a `fit` each. It runs in float64: rounded to fp32, its result hardly depends on the machine."""
+        VQ and KL have a `fit` each, nearly all in float64, so that its result hardly depends on the machine."""
         self.double().fit(images.double(), generator)
         self.float()
 
