@@ -242,14 +242,14 @@ class Folder:
 
     def _read(self, image, view):
         """The centre crop of an image, mirrored in view 1. The next image takes the place of an unreadable one."""
-        path = self.paths[image]
-        if (pixels := read_image(os.path.join(self.root, path), self.size)) is not None:
-            return pixels[:, :, ::-1] if view else pixels
-        if path not in self.unreadable:
-            self.unreadable.append(path)
-            print0(f"note: {self.root}/{path} cannot be read; the next image takes its place")
-        refuse_many(self.unreadable, self.paths)
-        return self._read((image + 1) % len(self.paths), view)
+        for number in range(image, image + len(self.paths)):
+            path = self.paths[number % len(self.paths)]
+            if (pixels := read_image(os.path.join(self.root, path), self.size)) is not None:
+                return pixels[:, :, ::-1] if view else pixels
+            if path not in self.unreadable:
+                self.unreadable.append(path)
+                print0(f"note: {self.root}/{path} cannot be read; the next image takes its place")
+            refuse_many(self.unreadable, self.paths)
 
     def batch(self, numbers):
         return (to_float(np.stack(list(self.threads.map(self._read, *self.order(numbers))))),)

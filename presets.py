@@ -79,7 +79,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
-    twice the z_channels: a latent has 4 times the pixels. (In VQ a width.) Prior and generator follow the cache."""
+    twice the z_channels: KL's latents have 4 times the pixels, VQ changes alike. Prior and generator fit them."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))

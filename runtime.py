@@ -161,7 +161,7 @@ def write_file(path: str, fill, kept: str | None = None):
             os.replace(path, kept)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        if "CUDA" in str(error):
+        if "CUDA" in str(error):  # of the device, not of the disk
             raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder.") from None
@@ -257,7 +257,7 @@ def passes(module, last: bool):
 
 
 def whole(value):
-    """A nested dict or list, unsharded. All ranks call it. Of a sharded tensor rank 0 gets the whole, others None."""
+    """Nested dicts and lists with sharded tensors whole: on rank 0, on the CPU; elsewhere None. All ranks call it."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -176,7 +176,7 @@ class Autoencoder(nn.Module):
 
     grid_out: the channels that to_grid returns; grid_in: those that to_images takes. With `linear_path` two linear maps
     of tiles (stride x stride pixels), patch_in and patch_out, run beside encoder and decoder. The last layer of each
-    convolutional branch starts at zero, fit_linear_path sets the maps: a short training need not learn a PCA codec."""
+    convolutional branch starts at zero and fit_linear_path sets the maps, so that training starts from a PCA codec."""
 
     def __init__(self, c, grid_out, grid_in, encoder_out, encoder_attention, decoder_attention):
         super().__init__()

@@ -474,6 +474,15 @@ def test_ahead_keeps_the_order():
     assert list(data.ahead(lambda s: s, [])) == []
 
 
+def test_many_unreadable_neighbours(tmp_path, monkeypatch):
+    """More of them than Python may recurse, and still fewer than 1% of the images."""
+    monkeypatch.setattr(data, "find_images", lambda root: ([f"{i}" for i in range(130_000)], [], []))
+    good = np.zeros((3, 2, 2), np.uint8)
+    monkeypatch.setattr(data, "read_image", lambda path, size: None if int(os.path.basename(path)) < 1200 else good)
+    folder = data.Folder(str(tmp_path), 2)
+    assert np.array_equal(folder._read(0, 0), good) and len(folder.unreadable) == 1200
+
+
 # ---------------------------------------------------------------------------------------------------------------- toy
 
 def test_toy_pictures_do_not_depend_on_their_number(toy, tmp_path, works):
