@@ -70,7 +70,7 @@ def save_deflated(content, file):
 
 def save(path: str, kind: str, config, state: dict, **meta):
     """Writes weights of `kind` with their config. meta: plain values (classes, step, sampling, ...)."""
-    state = {k: v.detach().clone() for k, v in state.items()}  # of a view, torch.save would write the whole storage
+    state = {k: v.detach().clone() for k, v in state.items()}  # clone: of a view torch.save writes all the storage
     write(path, {"format": FORMAT, "kind": kind, "config": asdict(config), "state": state, **meta})
 
 
@@ -121,7 +121,7 @@ def save_state(path: str, kind: str, configs: dict, **content):
 def find_state(path: str, kind: str, configs: dict, weights: list, fresh: bool) -> dict | None:
     """-> the training state to resume from, or None for a new training. All ranks call it.
 
-    For a new training it moves away what an earlier one left in its place: weights, and with `fresh` states."""
+    For a new training it moves away what an earlier one left in its place: weights, with `fresh` states too."""
     if is_first():
         sweep(os.path.dirname(path))
     if fresh:
@@ -216,7 +216,7 @@ def read_classes(path: str) -> dict | None:
     if not os.path.exists(path):
         return None
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets put a byte order mark in front
             return {r["folder"]: [int(r["id"]), r["name"].strip()] for r in csv.DictReader(f, delimiter="\t")}
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
         raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
@@ -249,11 +249,9 @@ AUTOENCODER_NAMES = [
     (".conv_blocks.", ".levels."), (".res.", ".blocks."), ("quantize.embedding", "codebook"),           # LlamaGen
     (".down.", ".levels."), (".up.", ".levels."), (".block.", ".blocks."),                              # CompVis, MAR
     ("mid.block_1", "mid.0"), ("mid.attn_1", "mid.1"), ("mid.block_2", "mid.2")]
-PRIOR_NAMES = [
-    ("cls_embedding.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"), ("layers.", "blocks."),
-    (".attention.", "."), (".feed_forward.", ".")]
-GENERATOR_NAMES = [
-    ("class_emb.", "class_embedding."), ("fake_latent", "fake_class"), ("z_proj_ln", "encoder_in_norm"),
+PRIOR_NAMES = [("cls_embedding.embedding_table", "class_embedding"), ("tok_embeddings", "code_embedding"),
+    ("layers.", "blocks."), (".attention.", "."), (".feed_forward.", ".")]
+GENERATOR_NAMES = [("class_emb.", "class_embedding."), ("fake_latent", "fake_class"), ("z_proj_ln", "encoder_in_norm"),
     ("z_proj", "latent_in"), ("decoder_embed", "decoder_in"), ("diffusion_pos_embed_learned", "output_positions"),
     ("pos_embed_learned", "positions"), (".attn.", "."), (".mlp.fc", ".fc"), ("diffloss.", "head."),
     ("time_embed.mlp", "time"), ("cond_embed", "cond"), ("input_proj", "input"), ("res_blocks", "blocks"),
@@ -281,7 +279,7 @@ def convert_kl(path, content, state):
     state = {re.sub(r"^decoder\.levels\.(\d+)\.", ours, key): value for key, value in state.items()}
     config = KLConfig(**autoencoder_sizes(state), encoder_attention=f"encoder.levels.{lowest}.attn.0.q.weight" in state,
                       decoder_attention="decoder.levels.0.attn.0.q.weight" in state)
-    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state  # KLConfig's is MAR's
+    return (config if author("kl", config) == "MAR" else replace(config, scale=None)), state  # the default is MAR's
 
 
 def convert_prior(path, content, state):

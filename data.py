@@ -5,7 +5,8 @@
     python data.py --toy 4000 --out DIR                   write 4,000 toy pictures: 10 classes, 64x64 pixels
 
 An image folder has one folder per class. A file `classes.tsv` in it (columns folder, id, name) gives each class its
-external id and name; without it the sorted folder names count 0, 1, 2, ..., which for ImageNet is the usual index.
+external id and name. Without it the ids count the sorted folders (0, 1, 2, ..., for ImageNet the usual index), unless
+the folders' names are different numbers: then these are the ids.
 
 The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
 crop. So stages 1 and 2 run no encoder. `header.json` says what data.py made the cache from, and which images could
@@ -69,7 +70,7 @@ def open_image(path: str, size: int | None = None, upright=True) -> Image.Image 
     size: of the crop that the caller will make. upright: obey the camera's EXIF note. fid.py does not, as ADM."""
     try:
         with Image.open(path) as image:
-            enlarged = max(1, size / min(image.size)) if size else 1  # by center_crop: a long strip grows huge
+            enlarged = max(1, size / min(image.size)) if size else 1  # center_crop would make a long strip huge
             if image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             image = ImageOps.exif_transpose(image) if upright else image
@@ -92,7 +93,7 @@ def read_image(path: str, size: int | None, upright=True) -> np.ndarray | None:
 def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None:
     """-> uint8 [views, 3, size, size] from one reading of the file. None as in `open_image`.
 
-    key: the seed and the picture's number. With the view's number it decides a random crop, on any number of ranks."""
+    key: the seed and the picture's number. With the view's number they seed a random crop, on any number of ranks."""
     image = open_image(path, size)
     if image is None:
         return None
@@ -123,7 +124,9 @@ def find_images(root: str):
         raise UserError(f"cannot read {error.filename}: {error.strerror}; give a folder of class folders.") from None
     if folders and set(folders) <= {"train", "val", "valid", "test"}:
         raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one, e.g. {root}/{folders[0]}.")
-    classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in enumerate(folders)}
+    numbers = [int(f) for f in folders if f.isdecimal()]
+    ids = numbers if len(set(numbers)) == len(folders) else range(len(folders))
+    classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in zip(ids, folders)}
     ids = [identity for identity, _ in classes.values()]
     if len(set(ids)) < len(ids):
         raise UserError(f"{root}/classes.tsv has the id {max(ids, key=ids.count)} more than once; give each its own.")

@@ -13,14 +13,7 @@ N rows, which are tokens of any images and do not see each other; C channels of 
 improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timesteps, cosine schedule, learned variance.
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
-
-Precision. When sample takes 100 steps, the first one multiplies an error of eps by 316 (x_from_eps * mean_x0, below),
-because abar at the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
-the latents' standard deviation, which is 1; later steps correct only most of it. So autocast is off in sample, and in
-loss, which trains the same net. HeadNet.forward keeps all but the blocks in fp32: `input`, because errors in sums of
-only C products do not cancel; `output` and the embeddings, because they are cheap in any precision. The blocks may
-round inputs of products to TF32 (0.05%): each sums `width` products, whose errors largely cancel. For a small trained
-head (100 steps, rounding imitated on a CPU, RMS of change / RMS of samples): TF32 in blocks 0.5%, bf16 in all 15%."""
+The head computes in fp32, whatever the rest does; `tf32` says why."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +43,7 @@ def cosine(u):
 
 
 def spaced_timesteps(steps, t_max=T - 1):
-    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. steps=1 keeps timestep 0, as in MAR's code."""
+    """`steps` timesteps from 0 to t_max, evenly spaced, ascending. steps=1 keeps timestep 0, as MAR's code does."""
     if not 1 <= steps <= t_max + 1:
         raise ValueError(f"diffusion steps must be between 1 and {t_max + 1}, not {steps}")
     stride = t_max / max(steps - 1, 1)
@@ -89,7 +82,15 @@ class Schedule:
 
 @contextmanager
 def tf32(allowed=True):
-    """Whether a GPU may round the inputs of fp32 products to TF32, a mantissa of 10 bits, for its tensor cores."""
+    """Whether a GPU may round the inputs of fp32 products to TF32, a mantissa of 10 bits, for its tensor cores.
+
+    When sample takes 100 steps, the first one multiplies an error of eps by 316 (x_from_eps * mean_x0), because abar at
+    the noisiest timestep is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above the latents'
+    standard deviation, which is 1; later steps correct only most of it. So autocast is off in `sample`, and in `loss`,
+    to train the net in the precision in which it samples. HeadNet keeps all but the blocks in fp32: `input`, because
+    errors in sums of only C products do not cancel; `output` and the embeddings, because they are cheap. The blocks may
+    round to TF32 (0.05%): each of their products sums `width` terms, whose errors largely cancel. For a small trained
+    head (100 steps, rounding imitated on a CPU, RMS of change / RMS of samples): TF32 there 0.5%, bf16 in all 15%."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -144,8 +145,7 @@ class HeadNet(nn.Module):
             y = F.silu(self.embed_time(t) + self.cond(z))                       # [..., N, width]
         return self.denoise(x_t, y)
 
-    def denoise(self, x_t, y):
-        """forward, given y, which all adaLN layers read."""
+    def denoise(self, x_t, y):  # the rest of forward, once y is known
         with tf32(False):
             x = self.input(x_t)                                                 # [..., N, width]
             with tf32():

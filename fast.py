@@ -3,12 +3,13 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), by these draws
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), its numbers from draws
 
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Every
-section says what is rewritten, why it is exact, and, if measured, what it saves: plain time over fast on 2 cores."""
+section says what is rewritten, why it is exact and, if measured, how many times as fast it is on 2 cores; the last two
+depend on the machine (`FewRows`; CUDA graphs and torch.compile)."""
 from typing import NamedTuple
 
 import torch
@@ -19,34 +20,10 @@ from generator import make_plan
 from prior import choose, rotate, uniform_numbers
 
 
-# ------------------------------------------------------------------------------------------- products of few rows
-# A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
-# of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
-# slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes or generate makes the
-# copies once. Exact: the same products are summed. Saves a factor of 1.5 to 3 with at most 64 rows and a large W.
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Without autocast and gradients, while no weights change."""
-
-    def __init__(self):
-        self.copies = {}
-
-    def __call__(self, layer, x):
-        W, rows = layer.weight, x.shape[:-1].numel()
-        if not (ONEDNN and x.is_cpu and rows <= 64 and W.numel() >= 2**19):
-            return layer(x)
-        if layer not in self.copies:
-            self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)    # serves other numbers of rows too
-        return torch.ops.mkldnn._linear_pointwise(x, self.copies[layer], layer.bias, "none", [], "")  # no activation
-
-
 # ------------------------------------------------------------------------------------------------------- the prior
 # The plain cache grows by torch.cat: step i copies the keys and values of all i positions. Here the memory for all
 # positions is allocated once, each step writes its own row, and attention reads the rows filled so far. Exact: the keys
-# and values are the same. Together with `FewRows` it saves a factor of 2.7 (batch 4, guided).
+# and values are the same. Together with `FewRows` 2.7 times as fast (batch 4, guided).
 
 @torch.no_grad()
 def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, given=None,
@@ -63,7 +40,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
             qkv = linear(block.wqkv, block.attention_norm(x)).view(len(x), 3, c.heads, 1, -1)  # [B or 2B, 3, H, 1, D/H]
             qk, v = rotate(qkv[:, :2], prior.rope[i:i + 1]), qkv[:, 2]               # both rotated in one call
             if i == 0:
-                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # bf16 under CUDA's autocast
+                caches[n] = v.new_empty(2, len(x), c.heads, L, v.shape[-1])          # in v's dtype, which autocast sets
             keys, values = caches[n]                                                 # each [B or 2B, H, L, D/H]
             keys[:, :, i], values[:, :, i] = qk[:, 1, :, 0], v[:, :, 0]
             y = F.scaled_dot_product_attention(qk[:, 0], keys[:, :, :i + 1], values[:, :, :i + 1])
@@ -85,9 +62,9 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # embedded in one table, and z is projected once. Three fifths of the arithmetic are the adaLN projections of
 # y = SiLU(embedded time + projected z). SiLU is not linear, so each pair of step and token needs projections of its
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
-# where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` it saves a factor of 3.2 (N = 4, guided).
+# where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` 3.2 times as fast (N = 4, guided).
 
-ROWS = 1024  # rows of such a product, at least one step's; bounds memory: (3 * depth + 2) * width numbers a row
+ROWS = 1024  # most rows of such a product (but at least one step's). A row takes (3 * depth + 2) * width numbers
 
 
 def modulations(net, y):
@@ -106,7 +83,7 @@ def body(net, x, mods, j, linear):
     with tf32(False):
         x = net.input(x)                                                             # [N or 2N, width]
         with tf32():
-            for block, (shift, scale, gate) in zip(net.blocks, mods):  # 1 is in scale; zip stops before mods[-1]
+            for block, (shift, scale, gate) in zip(net.blocks, mods):  # scale includes 1; zip stops before mods[-1]
                 h = torch.addcmul(shift[j], block.norm(x), scale[j])
                 h = linear(block.mlp[2], F.silu(linear(block.mlp[0], h)))
                 x = torch.addcmul(x, gate[j], h)
@@ -154,57 +131,19 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------- CUDA graphs
-# The head's loop launches thousands of small kernels, and a launch takes longer than the kernel's work. A graph records
-# the launches once and replays them all with one call. Exact: the same kernels run. What it saves was never measured.
-
-class Graphs:
-    """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).
-
-    The key must hold everything that the function depends on besides the values of its inputs. A graph reads weights
-    at the addresses that it recorded: it sees weights that changed in place, but not those that moved to new memory."""
-
-    def __init__(self):
-        self.recorded = {}
-
-    def record(self, function, inputs):
-        """Records function(*inputs) -> replay, out: replay() computes `out` anew from what `inputs` hold then."""
-        if not self.recorded:  # here and not in __init__, because it needs a GPU
-            self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*inputs)  # libraries set themselves up at their first call, which must not be recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = function(*inputs)
-        return graph.replay, out
-
-    def __call__(self, key, function, *inputs):
-        if key not in self.recorded:
-            buffers = [x.clone() for x in inputs]
-            self.recorded[key] = buffers, *self.record(function, buffers)
-        buffers, replay, out = self.recorded[key]
-        for buffer, x in zip(buffers, inputs):
-            buffer.copy_(x)
-        replay()
-        return out.clone()  # the next graph may use the same memory
-
-
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
 #    order. Here they stand in that of generation: visible tokens, those of this iteration, the others. Each group is
-#    a slice whose bounds the host knows. The plain loop selects by a mask, so the host waits for a GPU to count it.
+#    a slice whose bounds the host knows. The plain loop selects by a mask, whose rows a GPU must count for the host.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and each cross-attention's
 #    keys and values of it, are computed once per image; those of the null class once for all images (prepare_null).
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
 #    all rows; attention, cross-attention and MLP run for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
-# Exact: each row attends to the same rows. With the head's loop it saves a factor of 1.7 (MAR-B, 64 iterations).
+# Exact: each row attends to the same rows. With the head's loop 1.7 times as fast (MAR-B, 64 iterations).
 
 class Prepared(NamedTuple):
-    """A fusion.Fused for many iterations. A list has keys and values [2, B, H, L_q, D/H] of each block, or None."""
+    """A fusion.Fused for many iterations, with keys and values [2, B, H, L_q, D/H] (or None) for each block."""
     prefix: torch.Tensor
     mask_codes: torch.Tensor | None
     encoder: list
@@ -266,12 +205,6 @@ def run_block(block, x, keys_values=None, rows=slice(None)):
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
-def compile_blocks():
-    """Compiles run_block with torch.compile, for all later calls of `generate`."""
-    global run_block
-    run_block = torch.compile(run_block, dynamic=True)  # the number of rows changes with every iteration
-
-
 def hidden(model, latents, order, a, b, prepared):
     """Generator.hidden: z [B, b-a, D] of the positions order[:, a:b], given the latents [B, a, C] of order[:, :a]."""
     P = model.fusion.prefix_rows
@@ -323,7 +256,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
 # other. On a CPU this saves time: large tensors get their memory from the system anew in each step, small ones keep it.
 # What all draws share is computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally
-# many rows, so the mean of their means is the mean of all. Saves a factor of 1.02 (d2c-b, batch 8).
+# many rows, so the mean of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8).
 
 def head_net(net, z):
     """-> a function like HeadNet.forward, (x_t, t, z) -> [..., N, 2C], that uses this z in place of its argument."""
@@ -350,3 +283,71 @@ def loss(model, latents, classes, codes, draws):
     losses = [model.head.loss(x, z, t.gather(1, at).flatten(), rows_at(noise, at).flatten(0, 1), net).mean()
               for t, noise in zip(draws.t, draws.noise)]
     return torch.stack(losses).mean()
+
+
+# ------------------------------------------------------------------------------ the machine: products of few rows
+# A step of the prior has one row per image, a step of the head one per token; with guidance two. Reading the weights W
+# of a layer then takes longer than the arithmetic, and MKL, PyTorch's library for nn.Linear on a CPU, reads a large W
+# slowly. oneDNN (mkldnn) reads a copy of W in its own layout faster. Each call of generate_codes or generate makes the
+# copies once. Exact: the same products are summed. 1.5 to 3 times as fast, with at most 64 rows and a large W.
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class FewRows:
+    """linear = FewRows(); linear(layer, x) is layer(x). Not for autocast or gradients; weights must not change."""
+
+    def __init__(self):
+        self.copies = {}
+
+    def __call__(self, layer, x):
+        W, rows = layer.weight, x.shape[:-1].numel()
+        if not (ONEDNN and x.is_cpu and rows <= 64 and W.numel() >= 2**19):
+            return layer(x)
+        if layer not in self.copies:
+            self.copies[layer] = torch.ops.mkldnn._reorder_linear_weight(W, rows)    # serves other numbers of rows too
+        return torch.ops.mkldnn._linear_pointwise(x, self.copies[layer], layer.bias, "none", [], "")  # no activation
+
+
+# --------------------------------------------------------------------- the machine: CUDA graphs and torch.compile
+# The head's loop launches thousands of small kernels, and a launch takes longer than the kernel's work. A graph records
+# the launches once and replays them all with one call. Exact: the same kernels run. What it saves was never measured.
+
+class Graphs:
+    """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).
+
+    The key must hold everything that the function depends on besides the values of its inputs. A graph reads weights
+    at the addresses that it recorded: it sees weights that changed in place, but not those that moved to new memory."""
+
+    def __init__(self):
+        self.recorded = {}
+
+    def record(self, function, inputs):
+        """Records function(*inputs) -> replay, out: replay() computes `out` anew from what `inputs` hold then."""
+        if not self.recorded:  # here and not in __init__, because it needs a GPU
+            self.pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*inputs)  # libraries set themselves up at their first call, which must not be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = function(*inputs)
+        return graph.replay, out
+
+    def __call__(self, key, function, *inputs):
+        if key not in self.recorded:
+            buffers = [x.clone() for x in inputs]
+            self.recorded[key] = buffers, *self.record(function, buffers)
+        buffers, replay, out = self.recorded[key]
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x)
+        replay()
+        return out.clone()  # the next graph may use the same memory
+
+
+def compile_blocks():
+    """Compiles run_block with torch.compile, for all later calls of `generate`."""
+    global run_block
+    run_block = torch.compile(run_block, dynamic=True)  # the number of rows changes with every iteration

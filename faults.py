@@ -163,7 +163,7 @@ def meet(store, rank: int, ranks: int) -> str:
 
 
 def is_restart() -> bool:
-    """Has this torchrun started the command before? Then --fresh is done. Rank 0 alone asks, once, as asking counts."""
+    """Has this torchrun started the command before? Then it obeyed --fresh. Rank 0 alone asks, once: asking counts."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     store = next(dist.rendezvous("env://"))[0]  # torchrun's variable above counts for each node on its own
@@ -177,7 +177,7 @@ class Watch:
 
     Neither makes the host wait for the GPU. The first answer is a tensor on the device (see `step_unless`). Signals
     arrive at the hosts, which exchange them in a gloo group during the next step: that answer comes one step late."""
-    patience = 10  # so many steps in a row that are not finite end a training, at the next report
+    patience = 10  # this many steps in a row that are not finite end a training, at the next report
 
     def __init__(self, world: World, skipped=0):
         """skipped: the number of steps that were not finite before this start, from the training state."""

@@ -138,7 +138,7 @@ def mean_and_covariance(total):
 
 
 def summands(model: Inception, metrics, images) -> dict:
-    """Batch [B, 3, H, W] -> metric: what `measure` adds up, products of its features (FID) or a list with them."""
+    """Batch [B, 3, H, W] -> {metric: what `measure` adds up: sums of products (fid, sfid), a list (is, pr)}."""
     out = model(images)
     return {m: products(out[METRICS[m]]) if m.endswith("fid") else [out[METRICS[m]].cpu()] for m in metrics}
 

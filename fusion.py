@@ -29,10 +29,10 @@ To add a sixth fusion:
     1. Derive from CodeFusion. In __init__ set self.prefix_rows (P) and self.class_rows (its class tokens) if not n.
     2. In forward compute h_q = self.embed(codes, is_null) [B, L_q, D]; make a Fused of it and self.repeat(class_token).
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
-       x + layer(x, context) between self-attention and MLP. It must be a CrossAttention, whose parts fast.py calls.
+       x + layer(x, context) between self-attention and MLP.
     4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
-New sizes go to GeneratorConfig. fast.py needs no change. It computes the Fused of one null image and uses it for all,
-because `embed` ignores the codes of null images."""
+New sizes go to GeneratorConfig. The faster loops of fast.py need no change, if the layer of step 3 is a CrossAttention
+and the codes of a null image have no influence (`embed` sees to that)."""
 from typing import NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ class QFormer(nn.Module):
 
 class Fusion(nn.Module):
     """What all fusions share. prefix_rows is P; class_rows says how many of them hold the class token."""
-    reads_codes = False  # True: a run needs a prior, and VQ to encode and to show codes
+    reads_codes = False  # True: it needs codes, so a run needs VQ and a prior
 
     def __init__(self, c):
         super().__init__()

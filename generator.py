@@ -164,13 +164,29 @@ class Generator(nn.Module):
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # all encoded rows, prefix included
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # prefix included, so twice
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
-        return self.decoder_norm(x)[:, P:] + self.output_positions                   # they tell the head which token
+        return self.decoder_norm(x)[:, P:] + self.output_positions                   # so z tells the head its position
 
     # ------------------------------------------------------------------------------------------------- training
+
+    def loss(self, latents, classes, codes, mask=None, t=None, noise=None, drop=None):
+        """Mean diffusion loss over masked tokens and M draws of (t, noise). D2C Eq. 2.
+
+        latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
+        drop [B] bool: images that lose class and codes; None: no image does, as in validation."""
+        if mask is None or t is None or noise is None:
+            drawn = self.draw(len(latents))
+            mask = drawn.mask if mask is None else mask
+            t = drawn.t if t is None else t
+            noise = drawn.noise if noise is None else noise
+        classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
+        z = self.hidden(latents, classes, codes, mask)                               # [B, L, D]
+        at = mask.bool()
+        # N masked tokens of all images: latents [N, C], z [N, D], t [M, N], noise [M, N, C]
+        return self.head.loss(latents[at], z[at], t[:, at], noise[:, at]).mean()
 
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
@@ -185,25 +201,8 @@ class Generator(nn.Module):
             drop=rand(B) < c.class_drop,
             mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a permutation; its numbers below `masked`
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
-            noise=normal(c.batch_mul, B, L, c.token_dim),
-            posterior_noise=normal(B, L, c.token_dim),
+            noise=normal(c.batch_mul, B, L, c.token_dim), posterior_noise=normal(B, L, c.token_dim),
             code_uniform=rand(2, B, c.codes), masked=masked)
-
-    def loss(self, latents, classes, codes, mask=None, t=None, noise=None, drop=None):
-        """Mean diffusion loss over masked tokens and M draws of (t, noise). D2C Eq. 2.
-
-        latents [B, L, C]; mask [B, L]; t [M, B, L] int64; noise [M, B, L, C]: drawn as in training where None.
-        drop [B] bool: images that lose class and codes. Unlike the others it is not drawn: with None, none does."""
-        if mask is None or t is None or noise is None:
-            drawn = self.draw(len(latents))
-            mask = drawn.mask if mask is None else mask
-            t = drawn.t if t is None else t
-            noise = drawn.noise if noise is None else noise
-        classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
-        z = self.hidden(latents, classes, codes, mask)                               # [B, L, D]
-        at = mask.bool()
-        # N masked tokens of all images: latents [N, C], z [N, D], t [M, N], noise [M, N, C]
-        return self.head.loss(latents[at], z[at], t[:, at], noise[:, at]).mean()
 
     # ------------------------------------------------------------------------------------------------- sampling
 
@@ -215,7 +214,7 @@ class Generator(nn.Module):
         iterations      at most the number of tokens to draw; each draws one or more of them
         steps           diffusion steps per token: an int, or a list with an int per iteration
         cfg             strength of guidance; 1 is none
-        schedule        `constant`, or `linear`: guidance grows with the share of drawn tokens up to cfg
+        schedule        `constant`, or `linear`: guidance grows up to cfg with the share of tokens that are visible
         cfg_from        iterations whose guidance is below this number skip the null branch, half their work
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
@@ -253,7 +252,7 @@ class Plan:
     masked: list           # tokens per image that are still masked after each iteration
     cfg: list              # guidance of each iteration; 1: none
     steps: list            # diffusion steps of each iteration
-    generators: list       # one per image; without a list, the caller's one generator or None each time
+    generators: list       # B entries: the caller's list, or B times the caller's one generator or None
 
     def draw_noise(self, k, C):
         """The head's noise in iteration k, [steps+1, N, C], image by image from the generators."""

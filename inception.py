@@ -167,14 +167,14 @@ def resize_torch(images):
 class Inception(nn.Module):
     """The network with the weights of a file, its batch norms folded, frozen, behind one of the two resizes.
 
-    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError if the file is damaged or another's."""
+    resize: "tf1" (torch-fidelity, ADM) or "torch" (pytorch-fid). UserError for a damaged or other file."""
 
     def __init__(self, weights_path: str, resize: str = "tf1", device="cpu"):
         super().__init__()
         self.resize = {"tf1": resize_tf1, "torch": resize_torch}[resize]
         state, sha256 = checkpoints.read(weights_path), file_hash(weights_path)
         self.about = {"file": os.path.basename(weights_path), "sha256": sha256, "resize": resize}
-        start = re.search(r"-([0-9a-f]{8})\.\w+$", weights_path)  # torch.hub's habit: the hash begins with these digits
+        start = re.search(r"-2015-12-05-([0-9a-f]{8})\.\w+$", weights_path)  # the hash's first digits, as in WEIGHTS
         if start and not sha256.startswith(start[1]):
             raise UserError(f"{weights_path} is damaged: its SHA-256 does not begin with {start[1]}; get it again.")
         with torch.device("meta"):  # takes no memory and no time; the file's tensors replace these

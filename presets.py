@@ -79,7 +79,7 @@ def sized(preset: Preset, size: int | None) -> Preset:
     """--size: the preset for pictures of size x size pixels. Small presets take 1, 2 and 4 times their own size.
 
     At twice the size the same tokenizers make 4 times the codes. At 4 times the size they also get one level more, and
-    twice the z_channels: KL's latents have 4 times the pixels, VQ changes alike. Prior and generator fit them."""
+    twice the z_channels, so that a code or latent stands for 4 times as many pixels. Prior and generator fit them."""
     size = preset.image_size if size is None else size
     possible = [preset.image_size * times for times in ((1, 2, 4) if preset.vq.linear_path else (1,))]
     nearest = min(possible, key=lambda pixels: abs(pixels - size))
@@ -106,10 +106,9 @@ def imagenet(fusion, network, recipe, kl=KLConfig(), condition="resampled", samp
 
 # The tokenizers of the small presets start at half resolution, in parallel to a linear path of tiles. In tiny a code
 # stands for 4x4 pixels and a latent for 8x8: each latent has the four codes of its own place, which mask_tokens uses.
-# mask_min is 0.1, because most tokens are drawn when fewer than 70% are masked. queries, qformer_*: --fusion qformer.
+# mask_min is 0.1: sampling draws most tokens when fewer than MAR's 70% are masked. queries, qformer_*: for qformer.
 SMALL = dict(ch=32, ch_mult=(1, 2, 2), unshuffle=2, linear_path=True, z_channels=32)
-TINY = Preset(
-    64, VQConfig(**dict(SMALL, ch_mult=(1, 2)), blocks=1, codebook_size=512, lapped=True),
+TINY = Preset(64, VQConfig(**dict(SMALL, ch_mult=(1, 2)), blocks=1, codebook_size=512, lapped=True),
     KLConfig(**SMALL, blocks=2, lapped=True, noise=0.6, scale=None),
     PriorConfig(dim=192, layers=6, heads=3, vocab=512, grid=16, dropout=0.1),
     GeneratorConfig("mask_tokens", dim=192, depth=4, heads=3, prefix=4, token_dim=32, grid=8, code_grid=16,
@@ -123,8 +122,7 @@ TINY = Preset(
 
 # Everything at its smallest, for the tests: it trains in seconds on a CPU.
 SMALLEST = dict(SMALL, ch_mult=(1, 1, 1), blocks=1)
-TOY = Preset(
-    32, VQConfig(**dict(SMALLEST, z_channels=16), codebook_size=64),
+TOY = Preset(32, VQConfig(**dict(SMALLEST, z_channels=16), codebook_size=64),
     KLConfig(**dict(SMALLEST, z_channels=8), scale=None),
     PriorConfig(dim=64, layers=2, heads=2, vocab=64, grid=4, dropout=0.0),
     replace(TINY.generator, fusion="cross_attention", dim=64, depth=2, heads=2, token_dim=8, grid=4, code_grid=0,

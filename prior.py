@@ -4,7 +4,7 @@ D2C (2503.17155) section 4.1, Eq. 3, where q_i is code i:
 
     p(q | class) = prod_i p(q_i | q_<i, class)
 
-    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i
+    Prior(config)(codes [B, L], classes [B]) -> logits [B, L+1, K] fp32; [:, i] predicts code i, the last nothing
     .draw(B, generator)                      -> drop [B] for a training step: which images lose their class
     .loss(codes, classes, drop)              -> mean cross-entropy, nats per code; ln K at the start
     .generate(classes, ...)                  -> codes [B, L]
@@ -53,16 +53,16 @@ class RMSNorm(nn.Module):
 def rope_table(grid, head_dim, base=10000.0):
     """2D rotary positions: [L+1, head_dim/2, 2] cosines and sines, fp32; entry 0 belongs to the class token.
 
-    The first half of a head's channel pairs is rotated by the grid row of a position, the second half by its column.
-    Trap: entry 0 is all zeros. It is not a rotation by angle 0, which would be (cos, sin) = (1, 0). So the class
-    token's query and key are zero vectors: its attention score is 0 for every query, while its value still counts.
-    LlamaGen's weights were trained with this zero entry, so it must stay."""
+    The first half of a head's channel pairs is rotated by the grid row of a position, the second half by its column."""
     # head_dim/4 frequencies, used once for rows and once for columns
     freqs = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
     angles = torch.arange(grid).float()[:, None] * freqs                                    # [grid, head_dim/4]
     rows, columns = angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)
     angles = torch.cat([rows, columns], dim=1)                                              # [L, head_dim/2]
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    # Trap: entry 0 is not a rotation by angle 0, (cos, sin) = (1, 0), but (0, 0). It makes the class token's query and
+    # key zero vectors, so every query's score for it, before the softmax, is 0, while its value still counts.
+    # LlamaGen's weights were trained so.
     return torch.cat([torch.zeros(1, head_dim // 2, 2), table])
 
 
@@ -132,12 +132,6 @@ class Prior(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def draw(self, B, generator=None):
-        """What a training step draws for B images (beside dropout): drop [B] bool, True where the class becomes null.
-
-        It is drawn outside of `loss`, for the whole batch of a step; each rank takes the rows of its images."""
-        return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
-
     def loss(self, codes, classes, drop=None):
         """Mean cross-entropy in nats per code. drop [B] bool: images whose class becomes null; None: no class does."""
         classes = classes if drop is None else classes.masked_fill(drop, self.config.classes)
@@ -155,12 +149,18 @@ class Prior(nn.Module):
         return torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])
 
     def mixture(self, codes, classes, share, uniform):
-        """Keeps each true code with probability `share`, else takes the resampled one: 0 is D2C. Call eval() first.
+        """Keeps each true code with probability `share` (D2C: 0), else takes the resampled one. Call eval() first.
 
         uniform [2, B, L]: uniform[0] decides which codes stay, uniform[1] draws the others."""
         if share == 1:
             return codes
         return torch.where(uniform[0] < share, codes, self.resample(codes, classes, uniform[1]))
+
+    def draw(self, B, generator=None):
+        """What a training step draws for B images, beside dropout: drop [B] bool, True where the class becomes null.
+
+        `loss` does not draw it itself, so that several processes, each with a part of the images, draw the same."""
+        return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
     # ------------------------------------------------------------------------------------------------- sampling
 

@@ -125,7 +125,7 @@ def rng(device, *key) -> torch.Generator:
     """A torch.Generator that depends on nothing but `key`, e.g. ("sample", seed, image index).
 
     It seeds every draw of training and sampling: a resumed run needs no saved one. A CPU uses 32 bits of a seed."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")  # below 2**63
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")  # int64 holds it
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -250,7 +250,7 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
 
 
 def passes(module, last: bool):
-    """The context of a forward pass under `spread`: only a step's last pass averages over ranks. DDP decides in it."""
+    """The context of a forward pass under `spread`: only a step's last pass averages over ranks (backward obeys)."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()

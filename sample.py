@@ -172,7 +172,7 @@ def generate(run: Run, classes, seed=0, indices=None, sampling: Sampling | None 
     classes = torch.tensor(find_classes(run.classes, classes), dtype=torch.long, device=run.device)
     B, codes, seen = len(classes), None, []
     generators = [rng(run.device, "sample", int(seed), int(i)) for i in (range(B) if indices is None else indices)]
-    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # off in the head
+    with tqdm(total=B, bar_format=BAR, disable=progress is not True) as bar, autocast(run.device):  # diffloss: fp32
         advance = progress if callable(progress) else lambda share: bar.update(min(share * B, B - bar.n))
 
         def after_iteration(latents):

@@ -13,10 +13,8 @@ Both are the convolutional autoencoder of latent diffusion (LDM, 2112.10752). Th
 VQ (2406.06525) and of MAR's KL (2406.11838). `train.py --stage 0` trains both with `loss`. Stage 1 (the prior over
 codes) and stage 2 (the generator of latents) keep them frozen: `data.py` calls encode, `sample.py` calls decode.
 
-The latent scale. Stage 2 wants latents with a standard deviation of 1. Stage 0 measures the factor (`latent_scale`) and
-stores it in kl.pt; if kl.pt has none (VA-VAE), data.py's measurement on all images is used instead. KL.sample
-multiplies by config.scale and KL.decode divides by it; no other code applies it. Decoding with another scale than that
-of stage 2's training gives wrong contrast, so stage 2 copies the number into generator.pt for sample.py."""
+The latent scale. Stage 2 wants latents with a standard deviation of 1: KL.sample multiplies them by config.scale, and
+KL.decode divides by it. No other code applies it; KL.set_scale says where the number comes from."""
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -35,8 +33,8 @@ class VQConfig:
     codebook_dim: int = 8             # d
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
     unshuffle: int = 1                # small models: u x u pixels become channels, at 1/u of the resolution
-    linear_path: bool = False         # small models: a linear map of tiles in parallel, see Autoencoder
-    lapped: bool = False              # of the linear path: tiles that overlap, see border_filter and Decoder
+    linear_path: bool = False         # small models: a linear codec beside the convolutions, see this file's end
+    lapped: bool = False              # its tiles overlap, see border_filter
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class KLConfig:
     linear_path: bool = False
     lapped: bool = False
     merge: int = 1                    # m: m x m positions make one latent of m^2 Z channels (MAR's patch_size)
-    noise: float = 0.0                # training: the largest std of the noise that is added to latents, over theirs
+    noise: float = 0.0                # training: added to latents, with a std of at most this times the latents' own
 
     @property
     def token_dim(self):  # C
@@ -145,8 +143,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, Z, h, w] -> [B, 3u^2, H/u, W/u]. `levels` run from the lowest resolution to the highest.
 
-    With c.lapped the highest level also sees the linear path's picture, [B, 3u^2, H/u, W/u] (see Autoencoder), which
-    this decoder completes. Tried with c.lapped only: docs/experiments.md, "A tokenizer without a grid"."""
+    With c.lapped the highest level also sees the picture of the linear path, [B, 3u^2, H/u, W/u], to correct it."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -174,9 +171,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """What VQ and KL share: images to a grid with a position per stride x stride pixels, and back.
 
-    grid_out: the channels that to_grid returns; grid_in: those that to_images takes. With `linear_path` two linear maps
-    of tiles (stride x stride pixels), patch_in and patch_out, run beside encoder and decoder. The last layer of each
-    convolutional branch starts at zero and fit_linear_path sets the maps, so that training starts from a PCA codec."""
+    grid_out: channels that to_grid returns; grid_in: those that to_images takes. For linear_path see the file's end."""
 
     def __init__(self, c, grid_out, grid_in, encoder_out, encoder_attention, decoder_attention):
         super().__init__()
@@ -186,90 +181,18 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(grid_in, c.z_channels, 1)
         self.decoder = Decoder(c, decoder_attention)
         if c.linear_path:
-            self.patch_in = nn.Conv2d(3, grid_out, self.stride, self.stride)
-            self.patch_out = nn.ConvTranspose2d(grid_in, 3, self.stride, self.stride)
-            for layer in (self.quant_conv, self.decoder.conv_out):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            if c.lapped:
-                self.register_buffer("border", border_filter(self.stride), persistent=False)
+            add_linear_path(self, grid_out, grid_in)
 
     def to_grid(self, images):  # [B, 3, H, W] -> [B, grid_out, h, w]
         z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.unshuffle)))
-        return z + self.patch_in(self.lap(images)) if self.config.linear_path else z
+        return z + self.patch_in(lap(images, self.border)) if self.config.linear_path else z
 
     def to_images(self, z):  # [B, grid_in, h, w] -> [B, 3, H, W]
         u, x = self.config.unshuffle, self.post_quant_conv(z)
         if not self.config.linear_path:
             return F.pixel_shuffle(self.decoder(x), u)
-        images = self.lap(self.patch_out(z), back=True)
-        return images + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(images, u)), u)
-
-    def lap(self, images, back=False):
-        """Applies the border filter across every border between tiles, not at the image's edges; `back` undoes it."""
-        if not self.config.lapped:
-            return images
-        half, matrix = self.stride // 2, self.border if back else self.border.T  # row @ M.T is M @ row; @ M undoes it
-        for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
-            across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix        # [..., borders, stride]
-            images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
-        return images
-
-    @torch.no_grad()
-    def fit_linear_path(self, images, generator=None):
-        """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU. The model must be new.
-
-        VQ and KL have a `fit` each, nearly all in float64, so that its result hardly depends on the machine."""
-        self.double().fit(images.double(), generator)
-        self.float()
-
-    def tiles(self, images):  # [N, 3, H, W] -> [N*h*h, 3*stride^2], filtered, as patch_in sees them
-        return F.unfold(self.lap(images), self.stride, stride=self.stride).mT.flatten(0, 1)
-
-    def set_patch_in(self, axes, bias, constant):
-        """Channels :k become axes [k, 3*stride^2] @ tile + bias [k]; all other channels become `constant`."""
-        k = len(axes)
-        self.patch_in.weight.zero_()
-        self.patch_in.bias.fill_(constant)
-        self.patch_in.weight[:k] = axes.view(k, 3, self.stride, self.stride)
-        self.patch_in.bias[:k] = bias
-
-    def set_patch_out(self, z, tiles):
-        """The map from z [N*h*h, grid_in] back to the tiles, by least squares."""
-        fit = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1), tiles).solution
-        self.patch_out.weight.copy_(fit[:-1].view(-1, 3, self.stride, self.stride))
-        self.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))     # the layer has but one bias per colour
-
-
-def principal_axes(tiles, k):
-    """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
-
-    Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
-    Without any division, a noise on the latents that is small for the mean colour would hide the details."""
-    variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
-    return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
-
-
-def border_filter(stride):
-    """An orthogonal matrix [stride, stride] for the pixels around a border between two tiles, half on each side.
-
-    Without it an error in one latent makes an edge at the border of its tile, and a picture shows a grid. With it each
-    latent depends on pixels up to half a tile beyond the borders, and its error e falls smoothly: from 1.2e at the
-    tile's centre to e/2 at the border and -e/5 half a tile beyond, where it ends. It is a lapped transform (Malvar &
-    Staelin 1989; Tran and others 2003). Of the n = stride / 2 pairs of pixels that mirror each other at the border, the
-    sums stay. Differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way back. V.T
-    turns wave k of DCT-II into wave k of DCT-IV, which is 0 at the border: n equal differences, an edge from e to 0,
-    become a quarter of a cosine, 0 to sqrt(2) e. So the tiles' centres get (e + sqrt(2) e) / 2, (e - sqrt(2) e) / 2."""
-    n = stride // 2
-    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
-    dct2[0] /= 2**0.5
-    dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
-    one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
-    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
-    V = flip @ dct2.T @ dct4 @ flip  # `flip` puts the border last: DCT-IV's waves are 0 at i = n - 1/2
-    rotation = torch.block_diag(one, V)
-    return (butterfly @ rotation @ butterfly / 2).float()
+        picture = lap(self.patch_out(z), self.border, back=True)
+        return picture + F.pixel_shuffle(self.decoder(x, F.pixel_unshuffle(picture, u)), u)
 
 
 # -------------------------------------------------------------------------------------------------------------- VQ
@@ -318,28 +241,13 @@ class VQ(Autoencoder):
 
     @torch.no_grad()
     def restart_dead_codes(self, images, generator):
-        """Vectors that no image used since the last call become encodings of `images`, while these last. -> which."""
+        """Replaces vectors that no image used since the last call by random encodings of `images` -> their indices."""
         dead = (self.usage == 0).nonzero().flatten()
         z = F.normalize(self.to_grid(images), dim=1).flatten(2).mT.flatten(0, 1)  # [B*L, d]
         dead = dead[:len(z)]
         self.codebook.weight[dead] = z[torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)]
         self.usage.zero_()
         return dead
-
-    def fit(self, images, generator):
-        """d - 1 components and a constant. Normalising loses their length, but their ratio to the constant tells it."""
-        tiles = self.tiles(images)
-        mean, axes = tiles.mean(0), principal_axes(tiles, self.config.codebook_dim - 1)
-        axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                      # mean length 1, the constant's size
-        self.set_patch_in(axes, -axes @ mean, constant=1.0)
-        z = F.normalize(self.to_grid(images).flatten(2).mT.flatten(0, 1), dim=1)   # [N*L, d]
-        book = z[torch.randperm(len(z), generator=generator)[:self.config.codebook_size]]
-        for _ in range(10):                                                        # spherical k-means
-            codes = (z @ book.T).argmax(1)
-            # plus 1e-3 of the old vector, so that a vector that no tile chose stays where it was
-            book = F.normalize(book * 1e-3 + torch.zeros_like(book).index_add(0, codes, z), dim=1)
-        self.codebook.weight[:len(book)] = book
-        self.set_patch_out(book[(z @ book.T).argmax(1)], tiles)
 
 
 # -------------------------------------------------------------------------------------------------------------- KL
@@ -352,7 +260,10 @@ class KL(Autoencoder):
                          encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     def set_scale(self, scale):
-        """Puts the latents' measured 1 / std (`latent_scale`) into the config, which kl.pt holds. Only this sets it."""
+        """Puts the latents' measured 1 / std (`latent_scale`) into the config. Only this sets it.
+
+        Stage 0 measures it for kl.pt, or data.py for a kl.pt without it (VA-VAE). Stage 2 copies it into generator.pt
+        and sample.py takes it from there, because decoding with another scale gives wrong contrast."""
         self.config = replace(self.config, scale=scale)
 
     @torch.no_grad()
@@ -383,12 +294,6 @@ class KL(Autoencoder):
         z = (latents / self.config.scale).mT.reshape(B, C, isqrt(L), isqrt(L))
         return self.to_images(F.pixel_shuffle(z, self.config.merge))
 
-    def draw(self, B, h, generator=None):
-        """What a training step draws for its B images, of which each rank takes its own: the posterior's noise and an
-        added noise, each [B, Z, h, h], and the strength of the added one [B, 1, 1, 1] (unused if config.noise is 0)."""
-        shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
-        return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
-
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
@@ -404,12 +309,11 @@ class KL(Autoencoder):
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images) + 1e-6 * kl, reconstruction
 
-    def fit(self, images, generator):  # for fit_linear_path
-        tiles = self.tiles(images)
-        mean, axes = tiles.mean(0), principal_axes(tiles, self.config.z_channels)
-        self.set_patch_in(axes, -axes @ mean, constant=-4.0)       # log-variance -4: a standard deviation of 0.14
-        z = self.posterior(self.to_grid(images))[0].to(tiles)
-        self.set_patch_out(z.flatten(2).mT.flatten(0, 1), tiles)
+    def draw(self, B, h, generator=None):
+        """What a training step draws for its B images (with several processes, each takes the rows of its own): the
+        posterior's noise and an added noise, each [B, Z, h, h], and its strength [B, 1, 1, 1] (if config.noise)."""
+        shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
+        return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
 
 def latent_scale(batches):
@@ -419,3 +323,110 @@ def latent_scale(batches):
         mean, logvar = (x.double() for x in KL.posterior(moments.cpu()))
         n, total, squares = n + mean.numel(), total + mean.sum(), squares + (mean**2 + logvar.exp()).sum()
     return float((squares / n - (total / n) ** 2) ** -0.5)
+
+
+# --------------------------------------------------------------------------------- the linear path of small models
+# No part of D2C; skip it at first. A small tokenizer is trained briefly, so it starts as a good codec: two linear maps
+# from tiles (stride x stride pixels) to the grid and back, set to principal components. The convolutions, whose last
+# layers start at zero, learn what the maps lack. With config.lapped a filter across the borders hides the tiles.
+
+def add_linear_path(model, grid_out, grid_in):
+    model.patch_in = nn.Conv2d(3, grid_out, model.stride, model.stride)
+    model.patch_out = nn.ConvTranspose2d(grid_in, 3, model.stride, model.stride)
+    model.register_buffer("border", border_filter(model.stride) if model.config.lapped else None, persistent=False)
+    for parameter in (*model.quant_conv.parameters(), *model.decoder.conv_out.parameters()):
+        nn.init.zeros_(parameter)
+
+
+def border_filter(stride):
+    """A lapped transform (Malvar & Staelin 1989; Tran and others 2003) as an orthogonal matrix [stride, stride].
+
+    Without it an error of one latent makes an edge at the border of its tile, and a picture shows a grid. It acts on a
+    row of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums
+    of the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on
+    the way back. V.T turns wave k of DCT-II into wave k of DCT-IV: wave 0, a constant, becomes a quarter of a cosine
+    that is 0 at the border. Example: an error adds e to the whole left tile. All sums and all differences are e. V.T
+    makes the differences sqrt(2) e times the quarter cosine. A pixel is (sum + difference) / 2 in the left tile,
+    (sum - difference) / 2 in the right one: 1.2e at the left centre, e/2 at the border, -0.2e at the right centre."""
+    n = stride // 2
+    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
+    dct2[0] /= 2**0.5
+    dct4 = torch.cos(torch.pi / n * (i + 0.5) * (k + 0.5)) * (2 / n) ** 0.5
+    one, flip = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(0)
+    butterfly = torch.cat([torch.cat([one, flip], 1), torch.cat([flip, -one], 1)])  # sums; differences, border first
+    V = flip @ dct2.T @ dct4 @ flip  # `flip` puts the border last: DCT-IV's waves are 0 at i = n - 1/2
+    return (butterfly @ torch.block_diag(one, V) @ butterfly / 2).float()
+
+
+def lap(images, border, back=False):
+    """Applies the border filter across every border between tiles, not at the image's edges; `back` undoes it."""
+    if border is None:
+        return images
+    half, matrix = len(border) // 2, border if back else border.T  # rows of pixels @ M.T: each row by M; @ M undoes it
+    for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
+        across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix            # [..., borders, stride]
+        images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
+    return images
+
+
+@torch.no_grad()
+def fit_linear_path(model, images, generator=None):
+    """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU; in float64 on any machine.
+
+    The model must be untrained: its convolutions then add nothing, and `to_grid` is the linear path alone."""
+    (fit_vq if isinstance(model, VQ) else fit_kl)(model.double(), images.double(), generator)
+    model.float()
+
+
+def fit_vq(vq, images, generator):
+    """Channels: d - 1 components and a constant, which tells their length after the vectors are normalised."""
+    tiles = cut_tiles(vq, images)
+    mean, axes = tiles.mean(0), principal_axes(tiles, vq.config.codebook_dim - 1)
+    axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                          # mean length 1, the constant's size
+    set_patch_in(vq, axes, -axes @ mean, constant=1.0)
+    z = F.normalize(vq.to_grid(images).flatten(2).mT.flatten(0, 1), dim=1)         # [N*L, d]
+    book = z[torch.randperm(len(z), generator=generator)[:vq.config.codebook_size]]
+    for _ in range(10):                                                            # spherical k-means
+        codes = (z @ book.T).argmax(1)
+        # plus 1e-3 of the old vector, so that a vector that no tile chose stays where it was
+        book = F.normalize(book * 1e-3 + torch.zeros_like(book).index_add(0, codes, z), dim=1)
+    vq.codebook.weight[:len(book)] = book
+    set_patch_out(vq, book[(z @ book.T).argmax(1)], tiles)
+
+
+def fit_kl(kl, images, generator):
+    tiles = cut_tiles(kl, images)
+    mean, axes = tiles.mean(0), principal_axes(tiles, kl.config.z_channels)
+    set_patch_in(kl, axes, -axes @ mean, constant=-4.0)            # log-variance -4: a standard deviation of 0.14
+    z = kl.posterior(kl.to_grid(images))[0].to(tiles)
+    set_patch_out(kl, z.flatten(2).mT.flatten(0, 1), tiles)
+
+
+def cut_tiles(model, images):  # [N, 3, H, W] -> [N*h*h, 3*stride^2], filtered, as patch_in sees them
+    return F.unfold(lap(images, model.border), model.stride, stride=model.stride).mT.flatten(0, 1)
+
+
+def principal_axes(tiles, k):
+    """The first k principal components of tiles [n, m] -> [k, m], each divided by the root of its standard deviation.
+
+    Dividing by the standard deviation itself (whitening) would make noise-like details as large as the mean colour.
+    Without any division, a noise on the latents that is small for the mean colour would hide the details."""
+    variance, axes = torch.linalg.eigh(torch.cov(tiles.T))         # ascending
+    return (axes / variance.clamp(1e-8) ** 0.25).flip(1)[:, :k].T
+
+
+def set_patch_in(model, axes, bias, constant):
+    """Channels :k become axes [k, 3*stride^2] @ tile + bias [k]; all other channels become `constant`."""
+    k, layer = len(axes), model.patch_in
+    layer.weight.zero_()
+    layer.bias.fill_(constant)
+    layer.weight[:k] = axes.view(k, 3, model.stride, model.stride)
+    layer.bias[:k] = bias
+
+
+def set_patch_out(model, z, tiles):
+    """The map from z [N*h*h, grid_in] back to the tiles, by least squares."""
+    fit = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1), tiles).solution
+    model.patch_out.weight.copy_(fit[:-1].view(-1, 3, model.stride, model.stride))
+    model.patch_out.bias.copy_(fit[-1].view(3, -1).mean(1))        # the layer has but one bias per colour

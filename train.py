@@ -13,8 +13,8 @@ own --run-path. The same command, without --fresh, resumes. A run directory gets
 states train-N.pt (--only vq: train-0-vq.pt) and train-N.previous.pt, grids/, log.jsonl, which may repeat steps.
 
 Global batch = images per rank and pass x ranks x --accumulate. All random numbers of step k follow from (seed, k) and
-are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (with dropout or
-KL's noise, only if passes are of equal size). SIGTERM and Ctrl-C end a run after this step or the next, saved."""
+are drawn for the whole batch, of which each rank takes its rows: a run is the same on 1 and on 8 GPUs (dropout, KL's
+added noise: if passes hold equally many images). SIGTERM and Ctrl-C end a run after this step or the next, saved."""
 import argparse
 import math
 import os
@@ -40,7 +40,7 @@ from fusion import FUSIONS, MapperLayer
 from presets import PRESETS, sized, true_share
 from runtime import (UserError, agree, all_mean, autocast, barrier, broadcast, divide, log, make_folder, passes, print0,
                      read_json, refuse, rng, setup, shard_moments, spread, unsharded, whole, write_json)
-from tokenizers import Decoder, Encoder, latent_scale
+from tokenizers import Decoder, Encoder, fit_linear_path, latent_scale
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -112,7 +112,7 @@ class Tokenizers(Stage):
         for model in self.trained.values():
             if model.config.linear_path:
                 images, = self.data.batch(range(min(number, len(self.data))))
-                model.fit_linear_path(images, rng("cpu", "linear path", self.args.seed))
+                fit_linear_path(model, images, rng("cpu", "linear path", self.args.seed))
 
     def forward(self, step, rows, images):
         loss = self.trained["vq"].loss(images)[0] if "vq" in self.trained else 0.0
@@ -242,10 +242,10 @@ def parse_args():
         "draws each code, given the true codes before it; mixed:P: each code is true with probability P, else "
         "resampled; mixed:P-Q: the probability changes from P to Q over the training")
     add("--steps", type=int, help="optimizer steps in all (default: the preset's epochs)")
-    add("--hours", type=float, help="stage all: shorten the stages to this time in all, beside cache, saves, grids")
+    add("--hours", type=float, help="stage all: shorten the stages to this time in all, without cache, saves, grids")
     add("--batch", type=int, help="global batch (default: the preset's)")
     add("--lr", type=float, help="learning rate at batch 256 (default: the preset's)")
-    add("--accumulate", type=int, help="passes per optimizer step (default: as few as its pass size allows)")
+    add("--accumulate", type=int, help="passes per optimizer step (default: as few as the preset's pass size allows)")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the blocks of the models")
@@ -294,8 +294,11 @@ def build(args, world) -> Stage:
     return stage
 
 
+label = lambda args: f"{args.stage}-{args.only}" if args.only else args.stage  # of a training, e.g. 1 or 0-vq
+
+
 def state_path(args):
-    return os.path.join(args.run, f"train-{args.stage}{'-' + args.only if args.only else ''}.pt")
+    return os.path.join(args.run, f"train-{label(args)}.pt")
 
 
 def settings(stage) -> dict:
@@ -331,10 +334,10 @@ def resume(stage):
             module.compile()
         if args.recompute and isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, MapperLayer))  # the last: the Q-Former's
+    loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, MapperLayer))  # MapperLayer: the Q-Former's
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
-        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay (MAR's); a frozen p gets no gradient
+        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1] has no decay, as in MAR
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
     if state is not None:  # the moments alone: the state may come from another kind of device, with other settings
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
@@ -368,7 +371,7 @@ def show(stage, ema, step):
             print0(f"no picture at step {step}: {error}")
     stage.trained.train()
     if pictures:
-        path = os.path.join(stage.args.run, "grids", f"stage{stage.args.stage}-{step:07d}.png")
+        path = os.path.join(stage.args.run, "grids", f"stage{label(stage.args)}-{step:07d}.png")
         sample.save_picture(sample.grid(torch.cat(pictures), 8), path)
 
 
@@ -409,7 +412,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
             loss, skipped, bad_in_row = watch.report()
             speed = (done - logged) * args.batch / (time.time() - clock)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-            log(os.path.join(args.run, "log.jsonl"), stage=args.stage, step=done, loss=loss, lr=rate,
+            log(os.path.join(args.run, "log.jsonl"), stage=label(args), step=done, loss=loss, lr=rate,
                 grad_norm=float(watch.norm), skipped=skipped, images_per_s=round(speed, 1), **notes)
             logged, clock, notes = done, time.time(), {}
             if replan and done >= min(first + 3 * args.log_every, args.steps):  # not by the first speed, too low

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import checkpoints
 import data
 import fid
+import sample
 from runtime import UserError
 from tokenizers import KL, VQ
 
@@ -212,6 +213,20 @@ def test_folders_count_in_sorted_order(tmp_path):
     paths, labels, classes = data.find_images(root)
     assert classes == [[0, "n01440764"], [1, "n01443537"], [2, "n02099601"]]
     assert paths == ["n01440764/a.png", "n01443537/a.png", "n02099601/a.png"] and labels == [0, 1, 2]
+
+
+def test_numbers_as_folder_names_are_ids(tmp_path):
+    """So `--class 2` means the folder 2, and not the third in the order of text, the folder 10."""
+    for names, ids in ((("0", "1", "10", "2"), [0, 1, 10, 2]), (("1", "01", "2"), [0, 1, 2]), (("1", "cat"), [0, 1])):
+        root = make_folder(tmp_path / "-".join(names), *names)
+        classes = data.find_images(root)[2]
+        assert classes == [[i, name] for i, name in zip(ids, sorted(names))]
+    assert sample.find_classes([[0, "0"], [1, "1"], [10, "10"], [2, "2"]], "2") == [3]
+
+
+def test_byte_order_mark_of_spreadsheets(tmp_path):
+    root = make_folder(tmp_path, "cat", tsv="\ufefffolder\tid\tname\ncat\t207\tgolden cat\n")
+    assert data.find_images(root)[2] == [[207, "golden cat"]]
 
 
 def test_classes_tsv_gives_ids_names_and_order(tmp_path):

@@ -50,6 +50,15 @@ def test_runs_that_are_not_complete(toy, works, script, copy_run, tmp_path):
     os.makedirs(tmp_path / "other" / "zebra")
     (tmp_path / "other" / "classes.tsv").unlink(missing_ok=True)
     for args, words in (((), "give a run"), ((toy.run,), "give a run"), ((tmp_path, toy.images), "neither prior.pt"),
-                        ((toy.run, tmp_path / "other"), "has the class zebra"), ((alone, toy.images), "no vq.pt")):
+                        ((toy.run, tmp_path / "other"), "which the run does not know"), ((alone, toy.images), "no vq.pt")):
         out = script("heldout", *args)
         assert out.code == 1 and words in out.err and "Traceback" not in out.err
+
+
+def test_classes_are_those_of_the_run():
+    """A folder that lacks a class of the run, and has no classes.tsv, counts its classes otherwise: refused."""
+    import heldout
+    run = [[0, "cat"], [1, "dog"], [2, "horse"]]
+    assert heldout.class_numbers("F", [[1, "dog"], [2, "horse"]], run) == [1, 2]
+    with pytest.raises(heldout.UserError, match="F has the class 0 dog, which the run does not know"):
+        heldout.class_numbers("F", [[0, "dog"], [1, "horse"]], run)

@@ -315,9 +315,14 @@ def test_share_of_masked_tokens(toy, copy_run, works, monkeypatch):
 
 
 def test_one_tokenizer_at_a_time(toy, works, tmp_path):
+    """Neither overwrites files of the other, its grids and its part of the log included."""
     for kind in ("kl", "vq"):
-        works(*command(toy, 0, tmp_path, 1, "--only", kind, "--batch", 2))
+        works(*command(toy, 0, tmp_path, 1, "--only", kind, "--batch", 2, "--grid-every", 1))
     assert {"vq.pt", "kl.pt", "train-0-vq.pt", "train-0-kl.pt"} <= set(os.listdir(tmp_path))
+    assert sorted(os.listdir(tmp_path / "grids")) == ["stage0-kl-0000001.png", "stage0-vq-0000001.png"]
+    works("report", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall("<h2>Stage (.*?): ", page) == ["0-vq", "0-kl"] and page.count("<figcaption>") == 2
 
 
 def test_only_belongs_to_stage_0(toy, copy_run, script):

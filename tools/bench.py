@@ -28,7 +28,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from measure import average_draws, classes_and_codes, count_flops, matmul_rate, peak_memory, random_weights, seconds
+from measure import (average_draws, classes_and_codes, completed, count_flops, matmul_rate, peak_memory, random_weights,
+                     seconds)
 import fast
 import inception
 import sample
@@ -132,12 +133,13 @@ def bench_tokenise(args, preset):
 
 
 def bench_fid(args, preset):
-    """Inception's features; fast: batch norms folded, channels last."""
+    """Inception's features, without gradients; fast: batch norms folded, channels last."""
     images = torch.randint(256, (4 * args.batch, 3, 256, 256), dtype=torch.uint8, device=args.device)
     plain = inception.Network()
     with tempfile.TemporaryDirectory() as folder:
         torch.save(plain.state_dict(), path := os.path.join(folder, "inception.pth"))
-        plain, ours = plain.eval().to(args.device), inception.Inception(path, "torch", args.device)
+        plain = plain.eval().requires_grad_(False).to(args.device)
+        ours = inception.Inception(path, "torch", args.device)
     yield in_turn(args, "features of 256 pixels", len(images),
                   lambda: plain(inception.resize_torch(images)), lambda: ours(images))
 
@@ -164,29 +166,31 @@ def bench_growth(args, preset):
 
 
 def training_step(config, prior_config):
-    """-> FLOPs of an image in stage 2, bytes kept for its backward pass, parameters; with fake tensors, not run."""
-    kept = {}
-
-    def keep(x):
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
+    """-> FLOPs of an image in stage 2, bytes that it keeps for its backward pass, parameters; with fake tensors."""
     with FakeTensorMode():
         model, prior = Generator(replace(config, dropout=0.0)).train(), Prior(prior_config).eval()
-        draws, latents = average_draws(model, 1), torch.empty(1, config.grid**2, config.token_dim)
-        classes, codes = classes_and_codes(config, 1, "cpu")
 
-        def step():
+        def step(B, keep=lambda x: x):
+            draws, latents = average_draws(model, B), torch.empty(B, config.grid**2, config.token_dim)
+            classes, codes = classes_and_codes(config, B, "cpu")
             drawn = prior.mixture(codes, classes, 0.0, draws.code_uniform) if model.fusion.reads_codes else codes
             with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 loss = fast.loss(model, latents, classes, drawn, draws)
             loss.backward()
 
-        step()
-        kept_bytes = sum(kept.values())  # with the attention of a training, which keeps less than matrix products do
-        flops = count_flops(step)
-    return flops, kept_bytes, sum(p.numel() for p in model.parameters())
+        def kept_bytes(B):  # not by count_flops, whose attention keeps more than that of a training
+            kept = {}
+
+            def keep(x):
+                kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+                return x
+
+            step(B, keep)
+            return sum(kept.values())
+
+        each = kept_bytes(2) - kept_bytes(1)  # without what all images share, such as autocast's copies of the weights
+        flops = count_flops(lambda: step(1))
+    return flops, each, sum(p.numel() for p in model.parameters())
 
 
 def bench_fusions(args, preset):
@@ -214,7 +218,8 @@ def bench_cost(args, preset):
     epochs = preset.recipes[2].epochs
     yield {"what": f"{epochs:g} epochs of {preset.generator.fusion}, at the {rate / 1e12:.0f} TFLOP/s of MAR's authors",
            "gflop": flops / 1e9, "h100_hours": flops * images * epochs / rate / 3600,
-           "state_gb": weights * 20 / 1e9, "pass_mb": kept / 1e6}
+           "state_gb": weights * (4 + 4 + 8 + 4) / 1e9,  # weights, gradients, Adam, EMA
+           "pass_mb": kept / 1e6}
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -270,7 +275,7 @@ def main():
     card = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
     about = {"part": args.part, "preset": args.preset, "device": str(args.device), "card": card,
              "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.platform()}
-    for figure in PARTS[args.part](args, PRESETS[args.preset]):
+    for figure in PARTS[args.part](args, completed(PRESETS[args.preset])):
         numbers = ", ".join(text.format(figure[name]) for name, text in SHOWN.items() if name in figure)
         print(f"{args.part:9} {figure['what']}: {numbers}", flush=True)
         if args.json:

@@ -37,6 +37,7 @@ from faults import run_script
 from fid import frechet_distance
 from fusion import FUSIONS
 from generator import GeneratorConfig, mask_ratio
+from heldout import class_numbers
 from presets import PRESETS
 from runtime import UserError, rng
 from train import main as train
@@ -183,11 +184,11 @@ def measure_generator(path, tokens, images):
             "steps": run.generator.about["step"]}
 
 
-def held_out(folder, size=64):
-    """Images of a folder, uint8 [N, 3, size, size], and their classes [N], equally many of each class."""
-    paths, labels, _ = data.find_images(folder)
-    labels = np.array(labels)
-    count = np.bincount(labels).min()
+def held_out(folder, classes, size=64):
+    """Images of a folder, uint8 [N, 3, size, size], and their classes [N] among `classes`; equally many of each."""
+    paths, labels, found = data.find_images(folder)
+    labels = np.array(class_numbers(folder, found, classes))[labels]
+    count = np.unique(labels, return_counts=True)[1].min()
     chosen = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
     images = np.stack([data.read_image(f"{folder}/{paths[i]}", size) for i in chosen])
     return torch.from_numpy(images), torch.tensor(labels[chosen])
@@ -221,12 +222,13 @@ def main():
     elif len(given) == 3:
         base, cache, folder = given
         columns = *LOSSES, "frechet", "steps", "cpu"
-        compare(__file__, PHOTOGRAPHS, SECONDS, columns, out, base, cache, held_out(folder))
+        pictures = held_out(folder, data.read_header(cache)["classes"])
+        compare(__file__, PHOTOGRAPHS, SECONDS, columns, out, base, cache, pictures)
     else:
         raise UserError("give OUT, or OUT RUN CACHE PICTURES; the head of the file explains both.")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
-        train_for(*sys.argv[2:])
+        train_for(*sys.argv[2:])  # does not return
     run_script(main)

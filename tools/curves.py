@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import PRESETS, frechet, held_out, once, sample, save_pictures, train_for, train_generator
+from compare import PRESETS, data, frechet, held_out, once, sample, save_pictures, train_for, train_generator
 from faults import run_script
 from report import ticks
 from runtime import UserError, write_file
@@ -120,7 +120,7 @@ def main():
         raise UserError("give OUT RUN CACHE PICTURES, or OUT --plot FILE.svg; --help explains both.")
     if args.given:
         base, cache, folder = args.given
-        images, classes = held_out(folder, PRESETS["tiny"].image_size)
+        images, classes = held_out(folder, data.read_header(cache)["classes"], PRESETS["tiny"].image_size)
         for seed in args.seeds:
             for fusion in METHODS:
                 path = f"{args.out}/{fusion}-{seed}"

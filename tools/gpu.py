@@ -76,7 +76,7 @@ class Bench:
         self.device, self.steps, self.batch = args.device, args.steps, preset.recipes[2].micro
         self.kl, prior = random_weights(KL(preset.kl), self.device), random_weights(Prior(preset.prior), self.device)
         self.kl.set_scale(1.0)
-        config = replace(preset.generator, vocab=preset.prior.vocab)
+        config = preset.generator
         d2c, mar = (random_weights(Generator(c), self.device) for c in (config, replace(config, fusion="none")))
         many = min(4 * args.iterations, config.grid**2)
         self.models = {"D2C": (d2c, prior, args.iterations), "MAR": (mar, None, many)}
@@ -126,7 +126,7 @@ class Bench:
     def training(self, name, recompute):
         """Optimizer steps of stage 2 on random images, with the prior's pass and the EMA."""
         original, prior, _ = self.models[name]
-        B, c = self.batch, original.config
+        B, c, others = self.batch, original.config, torch.cuda.memory_allocated() / 1e6  # MB of what was there before
         model = random_weights(Generator(c), self.device, training=True)
         for block in (m for m in model.modules() if recompute and isinstance(m, Block)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -151,7 +151,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         fastest = min(seconds(step, self.device) for _ in range(3))
-        return {"images_per_s": B / fastest, "peak_mb": peak_memory(self.device)}
+        return {"images_per_s": B / fastest, "peak_mb": peak_memory(self.device) - others}
 
 
 # -------------------------------------------------------------------------------------------------------------- run

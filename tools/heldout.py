@@ -20,23 +20,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints
 import data
+import sample
 from faults import run_script
 from runtime import UserError, refuse, rng
 
 SHARES = 0.1, 0.5, 0.9  # of masked tokens
 
 
+def class_numbers(folder, found, classes):
+    """The classes `found` in a folder -> their indices among `classes`, those of a run; both have [id, name]."""
+    refuse((one not in classes, f"{folder} has the class {one[0]} {one[1]}, which the run does not know; give it the "
+            "same class folders as the training had, empty ones too, or the same classes.tsv") for one in found)
+    return [classes.index(one) for one in found]
+
+
 def read(folder, size, classes):
     """The pictures of a folder, float32 [N, 3, size, size], and their classes [N] in the numbering of the run."""
     paths, labels, found = data.find_images(folder)
-    number = {str(identity): i for i, (identity, _) in enumerate(classes)}
-    refuse((str(identity) not in number, f"{folder} has the class {name}, which the run does not know; remove it")
-           for identity, name in found)
+    numbers = class_numbers(folder, found, classes)
     pictures = [data.read_image(os.path.join(folder, path), size) for path in paths]
     kept = [i for i, picture in enumerate(pictures) if picture is not None]
     data.refuse_many([paths[i] for i in range(len(paths)) if pictures[i] is None], paths)
-    numbers = torch.tensor([number[str(found[labels[i]][0])] for i in kept])
-    return data.to_float(np.stack([pictures[i] for i in kept])), numbers
+    return data.to_float(np.stack([pictures[i] for i in kept])), torch.tensor([numbers[labels[i]] for i in kept])
 
 
 @torch.inference_mode()
@@ -71,12 +76,16 @@ def main():
             (generator and "kl" not in models, f"{run} has no kl.pt, which makes the latents")])
     if generator:  # it was trained with its own scale, see sample.load_run
         models["kl"].set_scale(generator.about.get("latent_scale", models["kl"].config.scale))
-    about = next(models[kind].about for kind in ("prior", "generator") if kind in models)
-    size = next(models[kind].about["image_size"] for kind in ("vq", "kl") if kind in models)
+    ours = [models[kind] for kind in ("prior", "generator") if kind in models]
+    known = next((model.about["classes"] for model in ours if "classes" in model.about), None)  # else official files
+    known = known or sample.official_classes(run, ours[0].config.classes)
+    size = (generator.config.grid * models["kl"].config.merge * models["kl"].stride if generator else
+            models["prior"].config.grid * models["vq"].stride)
     for folder in folders:
-        images, classes = read(folder, size, about["classes"])
+        images, classes = read(folder, size, known)
         figures = losses(models, images, classes)
-        words = (f"{kind} {loss:.4f} after {models[kind].about['step']:,} steps" for kind, loss in figures.items())
+        words = (f"{kind} {loss:.4f} after {models[kind].about.get('step', 0):,} steps"
+                 for kind, loss in figures.items())
         print(f"{folder}, {len(images)} pictures: {', '.join(words)}")
 
 

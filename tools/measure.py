@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,6 +27,11 @@ def random_weights(model, device, training=False):
             nn.init.normal_(p, std=0.02)
     model.to(device)
     return model.train() if training else model.eval().requires_grad_(False)
+
+
+def completed(preset):
+    """The preset with a generator for the codes of its prior, as train.py completes it."""
+    return replace(preset, generator=replace(preset.generator, vocab=preset.prior.vocab, code_dim=preset.prior.dim))
 
 
 def classes_and_codes(config, B, device):

@@ -69,7 +69,7 @@ def reconstruct(path, images):
 
 
 def compare_tokenizers(out, folder, pictures):
-    images, classes = held_out(pictures)
+    images, classes = held_out(pictures, data.find_images(folder)[2])
 
     def make_tokenizers():
         run(__file__, "train", TOKENIZER_SECONDS, "--stage", 0, "--preset", name, "--data", folder, "--run", path,
@@ -95,7 +95,7 @@ def compare_generators(out, base, cache, folder):
     rows = [(name, tiny.generator.fusion, "ground_truth") for name in GENERATORS]
     for chosen, seeds in ((rows[:1], (0, 1, 2)), (rows[1:], (0,))):
         compare(__file__, chosen, GENERATOR_SECONDS, ("true", "frechet", "steps", "cpu"), out, base, cache,
-                held_out(folder), seeds=seeds)
+                held_out(folder, data.read_header(cache)["classes"]), seeds=seeds)
 
 
 def main():

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults import run_script
 from runtime import UserError, write_file
 
-STAGES = {0: ("tokenizers", ("vq", "kl")), 1: ("prior", ("prior",)), 2: ("generator", ("generator",))}
+STAGES = {0: ("tokenizers", ("vq", "kl")), "0-vq": ("VQ alone", ("vq",)), "0-kl": ("KL alone", ("kl",)),
+          1: ("prior", ("prior",)), 2: ("generator", ("generator",))}  # as train.py names them in its log
 POINTS, PICTURES, WIDTH, EVERY = 300, 6, 1024, 30  # of a curve; of a stage; pixels of a picture; seconds of --watch
 TINY = {  # (step, loss) of the shipped run; its tokenizers were trained apart
     1: [(50, 6.18), (500, 4.27), (1000, 4.06), (2000, 3.93), (3000, 3.89), (4500, 3.85), (6000, 3.81), (7500, 3.76),
@@ -35,8 +36,9 @@ TINY = {  # (step, loss) of the shipped run; its tokenizers were trained apart
     2: [(50, 1.24), (250, 0.382), (500, 0.313), (1000, 0.295), (2000, 0.277), (3000, 0.272), (5000, 0.262),
         (7000, 0.251), (9000, 0.246), (9969, 0.242)]}
 NORMAL = {
-    0: "The loss is the sum of both tokenizers' losses. Presets tiny and toy start low, because their linear path "
-       "starts at principal components: the KL tokenizer of tiny alone starts at 0.12 and has 0.085 after 1,500 steps. "
+    0: "The loss is the sum of both tokenizers' losses, with --only that of one. Presets tiny and toy start low, "
+       "because their linear path starts at principal components: the KL tokenizer of tiny alone starts at 0.12 and "
+       "has 0.085 after 1,500 steps. "
        "Judge by the pictures: photographs in the first row, what VQ and KL make of them in the next rows.",
     1: "The loss is the cross-entropy of one code. It starts near ln K, because an untrained prior gives all K codes "
        "the same probability. Preset tiny (K = 512, ln K = 6.2) has 3.93 after 2,000 steps, 3.73 after 9,000.",
@@ -149,7 +151,7 @@ def section(stage, records, grids, headers):
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(records[-1].get("time", 0)))
     caption = "Pictures by the raw weights in the upper half, by the EMA in the lower:" if shown else ""
     return f'<h2>Stage {stage}: {name}</h2><p>Step {records[-1]["step"]:,}, {when}. ' \
-           f'<span class="soft">{NORMAL[stage]}</span></p><div class="row">{"".join(charts)}</div>' \
+           f'<span class="soft">{NORMAL[int(str(stage)[0])]}</span></p><div class="row">{"".join(charts)}</div>' \
            f'<p class="soft">{caption}</p><div class="row">{"".join(map(picture, shown))}</div>'
 
 
@@ -159,8 +161,8 @@ def page(run, watched=False):
     if not os.path.isdir(run) or not stages and not watched:
         raise UserError(f"{run} has no log of a training; give the directory that train.py got as --run.")
     headers = {Path(file).stem: header(file) for file in sorted(glob(os.path.join(escape(run), "*.pt")))}
-    sections = [section(stage, stages[stage], sorted(glob(os.path.join(escape(run), "grids", f"stage{stage}-*.png"))),
-                        headers) for stage in sorted(set(stages) & set(STAGES))]
+    grids = lambda stage: sorted(glob(os.path.join(escape(run), "grids", f"stage{stage}-[0-9]*.png")))
+    sections = [section(stage, stages[stage], grids(stage), headers) for stage in STAGES if stage in stages]
     row = lambda key, value: f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}"
     tables = [f"<details><summary>{html.escape(name)}.pt</summary><table>{''.join(map(row, values, values.values()))}"
               "</table></details>" for name, values in headers.items()]
