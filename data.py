@@ -6,7 +6,7 @@
 
 An image folder has one folder per class. A file `classes.tsv` in it (columns folder, id, name) gives each class its
 external id and name. Without it the ids count the sorted folders (0, 1, 2, ..., for ImageNet the usual index), unless
-the folders' names are different numbers: then these are the ids.
+the folders' names are different numbers: then these are the ids, and order the folders.
 
 The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
 crop. So stages 1 and 2 run no encoder. `header.json` says what data.py made the cache from, and which images could
@@ -124,9 +124,9 @@ def find_images(root: str):
         raise UserError(f"cannot read {error.filename}: {error.strerror}; give a folder of class folders.") from None
     if folders and set(folders) <= {"train", "val", "valid", "test"}:
         raise UserError(f"{root} holds splits ({', '.join(folders)}), not classes; give one, e.g. {root}/{folders[0]}.")
-    numbers = [int(f) for f in folders if f.isdecimal()]
-    ids = numbers if len(set(numbers)) == len(folders) else range(len(folders))
-    classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in zip(ids, folders)}
+    numbers = sorted((int(f), f) for f in folders if f.isdecimal())
+    counted = numbers if len({i for i, _ in numbers}) == len(folders) else enumerate(folders)
+    classes = checkpoints.read_classes(os.path.join(root, "classes.tsv")) or {f: [i, f] for i, f in counted}
     ids = [identity for identity, _ in classes.values()]
     if len(set(ids)) < len(ids):
         raise UserError(f"{root}/classes.tsv has the id {max(ids, key=ids.count)} more than once; give each its own.")
@@ -345,7 +345,7 @@ def begin(out, h):
         sweep(out)  # temporary files of commands that were killed
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
-            raise UserError(f"{out} has other images, tokenizers, --size, --views or --seed; choose another folder.")
+            raise UserError(f"{out} has other images, classes, tokenizers, --size, --views, --seed; use another --out.")
     elif left < h["images"]:
         raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:

@@ -13,7 +13,7 @@ N rows, which are tokens of any images and do not see each other; C channels of 
 improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timesteps, cosine schedule, learned variance.
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
-The head computes in fp32, whatever the rest does; `tf32` says why."""
+The head never computes in bf16, only in fp32 and, in its blocks on a GPU, TF32; `tf32` says why."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +89,8 @@ def tf32(allowed=True):
     standard deviation, which is 1; later steps correct only most of it. So autocast is off in `sample`, and in `loss`,
     to train the net in the precision in which it samples. HeadNet keeps all but the blocks in fp32: `input`, because
     errors in sums of only C products do not cancel; `output` and the embeddings, because they are cheap. The blocks may
-    round to TF32 (0.05%): each of their products sums `width` terms, whose errors largely cancel. For a small trained
-    head (100 steps, rounding imitated on a CPU, RMS of change / RMS of samples): TF32 there 0.5%, bf16 in all 15%."""
+    round to TF32 (0.05%): each of their products sums `width` terms, whose errors largely cancel. In a small trained
+    head (100 steps, imitated on a CPU) TF32 in the blocks changes the samples by 0.5% (RMS), bf16 everywhere by 15%."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:

@@ -64,7 +64,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
 # where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` 3.2 times as fast (N = 4, guided).
 
-ROWS = 1024  # most rows of such a product (but at least one step's). A row takes (3 * depth + 2) * width numbers
+ROWS = 1024  # limit of such a product (if one step has fewer). A row takes (3 * depth + 2) * width numbers
 
 
 def modulations(net, y):
@@ -138,7 +138,7 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and each cross-attention's
 #    keys and values of it, are computed once per image; those of the null class once for all images (prepare_null).
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
-#    all rows; attention, cross-attention and MLP run for these tokens only.
+#    all rows (queries too, as they are one product); what follows runs for these tokens only.
 # 4. One batch. Both branches of guidance go through the network together.
 # Exact: each row attends to the same rows. With the head's loop 1.7 times as fast (MAR-B, 64 iterations).
 
@@ -254,7 +254,7 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other. On a CPU this saves time: large tensors get their memory from the system anew in each step, small ones keep it.
+# other: a CPU's allocator fetches the memory of large tensors anew in each step, and may keep that of small ones.
 # What all draws share is computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally
 # many rows, so the mean of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8).
 
@@ -295,7 +295,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Not for autocast or gradients; weights must not change."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Without gradients and a CPU's autocast; weights stay."""
 
     def __init__(self):
         self.copies = {}

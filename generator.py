@@ -164,7 +164,7 @@ class Generator(nn.Module):
         encoded = self.decoder_in(encoded)                                           # [B, P+V, D]
         tokens = self.mask_token if fused.mask_codes is None else self.mask_token + fused.mask_codes
         x = torch.cat([encoded[:, :P], tokens.expand(*visible[:, P:].shape, -1)], dim=1)           # [B, P+L, D]
-        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # prefix included, so twice
+        x[visible] = encoded.flatten(0, 1).to(x.dtype)                               # writes the prefix again
         x = x + self.decoder_positions
         for block in self.decoder_blocks:
             x = block(x, fused.context)
@@ -199,7 +199,7 @@ class Generator(nn.Module):
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             drop=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a permutation; its numbers below `masked`
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # as many of 0 to L - 1 are below `masked`
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim), posterior_noise=normal(B, L, c.token_dim),
             code_uniform=rand(2, B, c.codes), masked=masked)
@@ -214,7 +214,7 @@ class Generator(nn.Module):
         iterations      at most the number of tokens to draw; each draws one or more of them
         steps           diffusion steps per token: an int, or a list with an int per iteration
         cfg             strength of guidance; 1 is none
-        schedule        `constant`, or `linear`: guidance grows up to cfg with the share of tokens that are visible
+        schedule        `constant`, or `linear`: guidance grows to cfg with the share of tokens visible afterwards
         cfg_from        iterations whose guidance is below this number skip the null branch, half their work
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
@@ -298,6 +298,6 @@ def masked_counts(L, iterations):
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))
-        now = min(now - 1, m)  # stays at least 1, for the last iteration, as iterations <= L
+        now = min(now - 1, m)  # at least 1 stays for the last: m >= L // iterations
         counts.append(now)
     return counts + [0]

@@ -159,7 +159,7 @@ class Prior(nn.Module):
     def draw(self, B, generator=None):
         """What a training step draws for B images, beside dropout: drop [B] bool, True where the class becomes null.
 
-        `loss` does not draw it itself, so that several processes, each with a part of the images, draw the same."""
+        It is apart from `loss`, so that each process draws for the whole batch and then takes its own images."""
         return torch.rand(B, generator=generator, device=self.rope.device) < self.config.class_drop
 
     # ------------------------------------------------------------------------------------------------- sampling

@@ -310,8 +310,8 @@ class KL(Autoencoder):
         return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images) + 1e-6 * kl, reconstruction
 
     def draw(self, B, h, generator=None):
-        """What a training step draws for its B images (with several processes, each takes the rows of its own): the
-        posterior's noise and an added noise, each [B, Z, h, h], and its strength [B, 1, 1, 1] (if config.noise)."""
+        """All random numbers of a step on B images: the posterior's noise and an additional noise, each [B, Z, h, h],
+        and the strength of the additional one [B, 1, 1, 1]; the last two serve config.noise only."""
         shape, how = (B, self.config.z_channels, h, h), dict(generator=generator, device=self.quant_conv.weight.device)
         return torch.randn(shape, **how), torch.randn(shape, **how), torch.rand(B, 1, 1, 1, **how) ** 2  # mostly weak
 
@@ -341,13 +341,13 @@ def add_linear_path(model, grid_out, grid_in):
 def border_filter(stride):
     """A lapped transform (Malvar & Staelin 1989; Tran and others 2003) as an orthogonal matrix [stride, stride].
 
-    Without it an error of one latent makes an edge at the border of its tile, and a picture shows a grid. It acts on a
-    row of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums
-    of the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on
-    the way back. V.T turns wave k of DCT-II into wave k of DCT-IV: wave 0, a constant, becomes a quarter of a cosine
-    that is 0 at the border. Example: an error adds e to the whole left tile. All sums and all differences are e. V.T
-    makes the differences sqrt(2) e times the quarter cosine. A pixel is (sum + difference) / 2 in the left tile,
-    (sum - difference) / 2 in the right one: 1.2e at the left centre, e/2 at the border, -0.2e at the right centre."""
+    Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. It acts on a row
+    of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums of
+    the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
+    way back. V.T makes equal differences, which are an edge, 0 at the border: it turns wave k of DCT-II into wave k of
+    DCT-IV, so wave 0, a constant, into a quarter of a cosine. Example: an error adds e to the left tile, so all sums
+    and differences are e. V.T makes the differences sqrt(2) e times the quarter cosine. Pixels, (sum + difference) / 2
+    and (sum - difference) / 2, are 1.2e at the left tile's centre, e/2 at the border, -0.2e at the right centre."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -363,7 +363,7 @@ def lap(images, border, back=False):
     """Applies the border filter across every border between tiles, not at the image's edges; `back` undoes it."""
     if border is None:
         return images
-    half, matrix = len(border) // 2, border if back else border.T  # rows of pixels @ M.T: each row by M; @ M undoes it
+    half, matrix = len(border) // 2, border if back else border.T  # of rows of pixels: @ border undoes @ border.T
     for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
         across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix            # [..., borders, stride]
         images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
@@ -372,7 +372,7 @@ def lap(images, border, back=False):
 
 @torch.no_grad()
 def fit_linear_path(model, images, generator=None):
-    """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU; in float64 on any machine.
+    """Sets the linear path, and VQ's codebook, from images [N, 3, H, W] on the CPU; nearly all in float64.
 
     The model must be untrained: its convolutions then add nothing, and `to_grid` is the linear path alone."""
     (fit_vq if isinstance(model, VQ) else fit_kl)(model.double(), images.double(), generator)
@@ -380,7 +380,7 @@ def fit_linear_path(model, images, generator=None):
 
 
 def fit_vq(vq, images, generator):
-    """Channels: d - 1 components and a constant, which tells their length after the vectors are normalised."""
+    """Channels: d - 1 components and a constant 1, so that normalising, which divides both, loses nothing."""
     tiles = cut_tiles(vq, images)
     mean, axes = tiles.mean(0), principal_axes(tiles, vq.config.codebook_dim - 1)
     axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                          # mean length 1, the constant's size

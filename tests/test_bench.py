@@ -1,5 +1,6 @@
 """tools/bench.py, compare.py, curves.py, recipes.py run, at their smallest. Their figures are for quiet machines."""
 import json
+import os
 import re
 import shutil
 import sys
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from presets import PRESETS
 
 shipped = dict(PRESETS)
 import bench  # noqa: E402
 import compare  # noqa: E402
 import curves  # noqa: E402
+import data  # noqa: E402
 import fast  # noqa: E402
 import gpu  # noqa: E402
 import measure  # noqa: E402
@@ -49,7 +50,11 @@ def test_growth(works):
 
 
 def test_cost(works):
-    """MAR-B by hand: 2 FLOP per weight and row forward, twice that backward; attention 4 T^2 D forward per block."""
+    """MAR-B by hand: 2 FLOP per weight and row forward, twice that backward; attention 4 T^2 D forward per block.
+
+    Kept for the backward pass: in a block of the generator two fp32 inputs of LayerNorm and 15 bf16 numbers per channel
+    (inputs of the four products, q, k, v, attention's output, GELU's input and output); in one of the head, which is
+    fp32, three modulations and seven numbers per channel; about as much as for six more of them around the blocks."""
     L, P, D, draws = 256, 64, 768, 4
     with torch.device("meta"):
         visible = L - measure.average_draws(Generator(PRESETS["mar-b"].generator), 1).masked
@@ -61,6 +66,8 @@ def test_cost(works):
     want = 2 * 3 * (weights + head + attention) / 1e9
     out = works("bench", "cost", "--preset", "mar-b")
     assert float(re.search(r"([\d.]+) GFLOP", out)[1]) == pytest.approx(want, rel=0.01)
+    kept = sum(n * 12 * D * (2 * 4 + 15 * 2) for n in rows) + draws * (L - visible) * 1024 * 4 * (6 * 10 + 6)
+    assert float(re.search(r"([\d,]+) MB per image", out)[1].replace(",", "")) == pytest.approx(kept / 1e6, rel=0.1)
 
 
 def test_fusions(works):
@@ -161,6 +168,22 @@ def seed_1(folder):
     return json.loads((folder / "toy-mask_tokens-mixed-0.5-1" / "result.json").read_text())
 
 
+def test_held_out_classes_are_the_runs(toy, tmp_path):
+    """A folder that lacks classes of the run: its labels are the run's indices, equally many of each."""
+    folders = sorted(os.listdir(toy.images))[1:4:2]
+    known, paths = data.find_images(toy.images)[2], data.find_images(toy.images)[0]
+    for folder in folders[::-1]:
+        shutil.copytree(os.path.join(toy.images, folder), tmp_path / folder)
+    os.remove(sorted((tmp_path / folders[0]).iterdir())[0])
+    if os.path.exists(os.path.join(toy.images, "classes.tsv")):
+        shutil.copy(os.path.join(toy.images, "classes.tsv"), tmp_path)
+    images, labels = compare.held_out(str(tmp_path), known, 32)
+    counts = torch.bincount(labels, minlength=len(known))
+    of = {path.split("/")[0]: i for path, i in zip(paths, data.find_images(toy.images)[1])}
+    assert counts.nonzero().flatten().tolist() == sorted(of[f] for f in folders)
+    assert len(images) == len(labels) == int(counts.sum()) and len(counts[counts > 0].unique()) == 1
+
+
 def test_frechet(held_out):
     images, _ = held_out
     assert compare.frechet(images, images) == pytest.approx(0, abs=1e-6)
@@ -172,7 +195,7 @@ def test_recipes(toy, held_out, tmp_path, monkeypatch, capsys):
     """Tokenizers, then a generator without codes on their latents. The presets are ones that a new process knows."""
     monkeypatch.setattr(recipes, "TOKENIZERS", {"toy": PRESETS["toy"]})
     monkeypatch.setattr(recipes, "MAR", {"tiny": ("toy", recipes.tiny)})
-    monkeypatch.setattr(recipes, "held_out", lambda folder: held_out)
+    monkeypatch.setattr(recipes, "held_out", lambda folder, classes: held_out)
     monkeypatch.setattr(recipes, "TOKENIZER_SECONDS", 25)
     monkeypatch.setattr(recipes, "GENERATOR_SECONDS", 15)
     recipes.compare_tokenizers(tmp_path, toy.images, "not read")

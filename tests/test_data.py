@@ -217,11 +217,11 @@ def test_folders_count_in_sorted_order(tmp_path):
 
 def test_numbers_as_folder_names_are_ids(tmp_path):
     """So `--class 2` means the folder 2, and not the third in the order of text, the folder 10."""
-    for names, ids in ((("0", "1", "10", "2"), [0, 1, 10, 2]), (("1", "01", "2"), [0, 1, 2]), (("1", "cat"), [0, 1])):
-        root = make_folder(tmp_path / "-".join(names), *names)
-        classes = data.find_images(root)[2]
-        assert classes == [[i, name] for i, name in zip(ids, sorted(names))]
-    assert sample.find_classes([[0, "0"], [1, "1"], [10, "10"], [2, "2"]], "2") == [3]
+    for names, ids in ((("0", "1", "2", "10"), [0, 1, 2, 10]), (("01", "1", "2"), [0, 1, 2]), (("1", "cat"), [0, 1])):
+        paths, labels, classes = data.find_images(make_folder(tmp_path / "-".join(names), *names))
+        assert classes == [[i, name] for i, name in zip(ids, names)]
+        assert paths == [f"{name}/a.png" for name in names] and labels == list(range(len(names)))
+    assert sample.find_classes([[0, "0"], [1, "1"], [2, "2"], [10, "10"]], "2") == [2]
 
 
 def test_byte_order_mark_of_spreadsheets(tmp_path):

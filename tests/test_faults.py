@@ -1,6 +1,6 @@
 """What goes wrong on the way: kills, signals, full disks, damaged files, numbers that are not finite, ranks that die.
 
-The quick part runs with all other tests. The long one, whose counts the README states, takes some minutes:
+The quick part runs with all other tests. The long one, whose counts docs/reliability.md states, takes some minutes:
 
     python -m pytest -m slow tests/test_faults.py
 """

@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 import data
 import sample
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 
 def figures(said):
@@ -48,9 +46,10 @@ def test_runs_that_are_not_complete(toy, works, script, copy_run, tmp_path):
     os.remove(alone / "vq.pt"), os.remove(alone / "prior.pt")  # of the copy before
     shutil.copytree(toy.images, tmp_path / "other")
     os.makedirs(tmp_path / "other" / "zebra")
-    (tmp_path / "other" / "classes.tsv").unlink(missing_ok=True)
+    with open(tmp_path / "other" / "classes.tsv", "a") as file:
+        file.write("zebra\t340\tzebra\n")
     for args, words in (((), "give a run"), ((toy.run,), "give a run"), ((tmp_path, toy.images), "neither prior.pt"),
-                        ((toy.run, tmp_path / "other"), "which the run does not know"), ((alone, toy.images), "no vq.pt")):
+                        ((toy.run, tmp_path / "other"), "has the class 340 zebra"), ((alone, toy.images), "no vq.pt")):
         out = script("heldout", *args)
         assert out.code == 1 and words in out.err and "Traceback" not in out.err
 
@@ -60,5 +59,6 @@ def test_classes_are_those_of_the_run():
     import heldout
     run = [[0, "cat"], [1, "dog"], [2, "horse"]]
     assert heldout.class_numbers("F", [[1, "dog"], [2, "horse"]], run) == [1, 2]
+    assert heldout.class_numbers("F", [[1, "dog"], [2, "horse"]], [[i, str(i)] for i in range(3)]) == [1, 2]
     with pytest.raises(heldout.UserError, match="F has the class 0 dog, which the run does not know"):
         heldout.class_numbers("F", [[0, "dog"], [1, "horse"]], run)

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import report
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"

@@ -13,6 +13,7 @@ The whole is n / 32 * rest + S * (one step of each of the n iterations). Time is
 iteration sees the same share of the tokens whatever n is (within 3% of the rows). One whole decoding is timed beside
 its estimate. The prior is timed whole, the KL decoder on at most 8 images at once.
 """
+import gc
 import time
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -126,7 +127,10 @@ class Bench:
     def training(self, name, recompute):
         """Optimizer steps of stage 2 on random images, with the prior's pass and the EMA."""
         original, prior, _ = self.models[name]
-        B, c, others = self.batch, original.config, torch.cuda.memory_allocated() / 1e6  # MB of what was there before
+        B, c = self.batch, original.config
+        gc.collect()  # of the training before this one
+        kept = sum(p.numel() * 4 for p in prior.parameters()) if prior else 0  # a training has the prior, too
+        others = (torch.cuda.memory_allocated() - kept) / 1e6
         model = random_weights(Generator(c), self.device, training=True)
         for block in (m for m in model.modules() if recompute and isinstance(m, Block)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -28,10 +28,15 @@ SHARES = 0.1, 0.5, 0.9  # of masked tokens
 
 
 def class_numbers(folder, found, classes):
-    """The classes `found` in a folder -> their indices among `classes`, those of a run; both have [id, name]."""
-    refuse((one not in classes, f"{folder} has the class {one[0]} {one[1]}, which the run does not know; give it the "
-            "same class folders as the training had, empty ones too, or the same classes.tsv") for one in found)
-    return [classes.index(one) for one in found]
+    """The classes `found` in a folder -> their indices among `classes`, those of a run; both have [id, name].
+
+    In official files without classes.tsv a class has no name but its id, which then suffices."""
+    index = {(identity, name): i for i, (identity, name) in enumerate(classes)}
+    numbers = [index.get((identity, name), index.get((identity, str(identity)))) for identity, name in found]
+    refuse((number is None, f"{folder} has the class {identity} {name}, which the run does not know; give it the same "
+            "class folders as the training had, empty ones too, or the same classes.tsv")
+           for number, (identity, name) in zip(numbers, found))
+    return numbers
 
 
 def read(folder, size, classes):
@@ -76,6 +81,7 @@ def main():
             (generator and "kl" not in models, f"{run} has no kl.pt, which makes the latents")])
     if generator:  # it was trained with its own scale, see sample.load_run
         models["kl"].set_scale(generator.about.get("latent_scale", models["kl"].config.scale))
+        refuse([(models["kl"].config.scale is None, f"no file of {run} says the scale of the latents")])
     ours = [models[kind] for kind in ("prior", "generator") if kind in models]
     known = next((model.about["classes"] for model in ours if "classes" in model.about), None)  # else official files
     known = known or sample.official_classes(run, ours[0].config.classes)
@@ -84,7 +90,8 @@ def main():
     for folder in folders:
         images, classes = read(folder, size, known)
         figures = losses(models, images, classes)
-        words = (f"{kind} {loss:.4f} after {models[kind].about.get('step', 0):,} steps"
+        steps = {kind: models[kind].about.get("step") for kind in figures}  # None: an official file
+        words = (f"{kind} {loss:.4f}" + (f" after {steps[kind]:,} steps" if steps[kind] else "")
                  for kind, loss in figures.items())
         print(f"{folder}, {len(images)} pictures: {', '.join(words)}")
 
