@@ -198,7 +198,7 @@ class DiffusionHead(nn.Module):
         noise [steps+1, N, C]: noise[0] is where the process starts, noise[k+1] is added after step k. The last one
         is never used, because no noise is added at t = 0; it is there because the official code draws it. temperature
         multiplies the noise that is added, not noise[0]. t_max < 999 (not in the official code) starts at timestep
-        t_max, if steps > 1, still from noise[0]. It skips the noisiest steps, which amplify errors most."""
+        t_max, still from noise[0]: it skips the noisiest steps, which amplify errors most. steps=1 has timestep 0."""
         N, C = len(z), self.config.token_dim
         s = Schedule(spaced_timesteps(steps, t_max))
         guided = cfg != 1

@@ -64,7 +64,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
 # where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` 3.2 times as fast (N = 4, guided).
 
-ROWS = 1024  # limit of such a product (if one step has fewer). A row takes (3 * depth + 2) * width numbers
+ROWS = 1024  # of such a product at most, but one step at least. A row's modulations: (3 * depth + 2) * width numbers
 
 
 def modulations(net, y):
@@ -295,7 +295,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Without gradients and a CPU's autocast; weights stay."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Not with gradients, or autocast on a CPU. It keeps W."""
 
     def __init__(self):
         self.copies = {}

@@ -10,8 +10,8 @@ is_null marks images without class: the caller has replaced their class_token; t
     context     [B, L_q, D] or None  what the cross-attention of every block reads
     mask_codes  [B, L, D] or None    what the decoder adds to the mask tokens of the L positions
 
-L_q is the number of codes (L in prior.py), L that of the tokens. n is GeneratorConfig.prefix (P is more in the fusion
-of that name), 64 in MAR: n copies of the class token are working memory, and learned positions tell them apart.
+L_q is the number of codes (L in prior.py), L that of the tokens. n is GeneratorConfig.prefix, 64 in MAR: n copies of
+the class token are working memory; learned positions tell them apart. P is n, but more in the fusion called `prefix`.
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes (Q is

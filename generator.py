@@ -199,7 +199,7 @@ class Generator(nn.Module):
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             drop=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # as many of 0 to L - 1 are below `masked`
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # of a permutation, `masked` are below `masked`
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim), posterior_noise=normal(B, L, c.token_dim),
             code_uniform=rand(2, B, c.codes), masked=masked)
@@ -298,6 +298,6 @@ def masked_counts(L, iterations):
     counts, now = [], L
     for k in range(iterations - 1):
         m = math.floor(L * math.cos(math.pi / 2 * (k + 1) / iterations))
-        now = min(now - 1, m)  # at least 1 stays for the last: m >= L // iterations
+        now = min(now - 1, m)  # leaves one for each later iteration, as the cosine lies above its chord
         counts.append(now)
     return counts + [0]

@@ -34,7 +34,7 @@ class VQConfig:
     blocks: int = 2                   # residual blocks per level (one more in the decoder)
     unshuffle: int = 1                # small models: u x u pixels become channels, at 1/u of the resolution
     linear_path: bool = False         # small models: a linear codec beside the convolutions, see this file's end
-    lapped: bool = False              # its tiles overlap, see border_filter
+    lapped: bool = False              # with linear_path: a filter across its tiles' borders, see border_filter
 
 
 @dataclass(frozen=True)
@@ -344,9 +344,9 @@ def border_filter(stride):
     Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. It acts on a row
     of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums of
     the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
-    way back. V.T makes equal differences, which are an edge, 0 at the border: it turns wave k of DCT-II into wave k of
-    DCT-IV, so wave 0, a constant, into a quarter of a cosine. Example: an error adds e to the left tile, so all sums
-    and differences are e. V.T makes the differences sqrt(2) e times the quarter cosine. Pixels, (sum + difference) / 2
+    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0, a constant, is an edge if differences have its
+    form; it becomes a quarter of a cosine, which is 0 at the border. Example: an error adds e to the left tile, so all
+    sums and differences are e. V.T makes the differences sqrt(2) e times that cosine. Pixels, (sum + difference) / 2
     and (sum - difference) / 2, are 1.2e at the left tile's centre, e/2 at the border, -0.2e at the right centre."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
@@ -363,7 +363,7 @@ def lap(images, border, back=False):
     """Applies the border filter across every border between tiles, not at the image's edges; `back` undoes it."""
     if border is None:
         return images
-    half, matrix = len(border) // 2, border if back else border.T  # of rows of pixels: @ border undoes @ border.T
+    half, matrix = len(border) // 2, border if back else border.T  # pixels are row vectors: @ border.T filters them
     for _ in range(2):  # across vertical borders, then, transposed, across horizontal ones
         across = images[..., half:-half].unflatten(-1, (-1, 2 * half)) @ matrix            # [..., borders, stride]
         images = torch.cat([images[..., :half], across.flatten(-2), images[..., -half:]], dim=-1).mT
@@ -380,7 +380,7 @@ def fit_linear_path(model, images, generator=None):
 
 
 def fit_vq(vq, images, generator):
-    """Channels: d - 1 components and a constant 1, so that normalising, which divides both, loses nothing."""
+    """Channels: d - 1 components and a constant 1: when normalising divides all, their ratio tells their size."""
     tiles = cut_tiles(vq, images)
     mean, axes = tiles.mean(0), principal_axes(tiles, vq.config.codebook_dim - 1)
     axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                          # mean length 1, the constant's size
