@@ -376,7 +376,7 @@ def parse():
     parser.add_argument("--out", default="sample.png", help="FILE.png: a grid; DIR: files; FILE.npz: and one array")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
-    parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration")
+    parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration, without decoded codes")
     parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew; needs --keep")
     parser.add_argument("--keep", metavar="MASK", help="a picture as large as IMAGE; what is white in it stays")
     parser.add_argument("--like", metavar="IMAGE", help="take the codes of this picture")

@@ -337,7 +337,7 @@ def resume(stage):
     loss_of = spread(stage, ema, world, args.shard, (*BLOCKS, MapperLayer))  # MapperLayer: the Q-Former's
     groups = [{"params": [], "weight_decay": decay} for decay in (stage.recipe.weight_decay, 0.0)]
     for name, p in stage.trained.named_parameters():
-        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1] has no decay, as in MAR
+        groups[p.ndim < 2 or ".head." in name]["params"].append(p)  # [1]: no decay (MAR's); a frozen p gets no gradient
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=world.device.type != "mps")
     if state is not None:  # the moments alone: the state may come from another kind of device, with other settings
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
