@@ -345,7 +345,7 @@ def begin(out, h):
         sweep(out)  # temporary files of commands that were killed
         there = read_header(out)
         if any(there.get(k) != v for k, v in h.items()):
-            raise UserError(f"{out} has other images, classes, tokenizers, --size, --views, --seed; use another --out.")
+            raise UserError(f"{out} has other images, tokenizers, classes, --size, --views, --seed; use another --out.")
     elif left < h["images"]:
         raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
