@@ -236,12 +236,12 @@ def cache_of_another_kl(c):
     return train(c, 2, run=with_other_tokenizer(c, "kl"))
 
 
-@case("other images, tokenizers", "choose another folder")
+@case("other images, tokenizers, classes", "use another --out")
 def cache_continued_with_another_vq(c):
     return tokenise(c, run=with_other_tokenizer(c, "vq"), out=copy_cache(c))
 
 
-@case("other images, tokenizers", "choose another folder")
+@case("other images, tokenizers, classes", "use another --out")
 def cache_continued_with_other_images(c):
     images = copy_images(c)
     os.unlink(os.path.join(images, data.find_images(images)[0][0]))
