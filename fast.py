@@ -295,7 +295,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Not with gradients, or autocast on a CPU. It keeps W."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Without gradients and a CPU's autocast; W must not change."""
 
     def __init__(self):
         self.copies = {}

@@ -250,7 +250,7 @@ def spread(module, ema, world: World, shard: bool, parts: tuple):
 
 
 def passes(module, last: bool):
-    """The context of a forward pass under `spread`: only a step's last pass averages over ranks (backward obeys)."""
+    """The context of a forward pass under `spread`: only a step's last pass averages over ranks."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()

@@ -344,10 +344,10 @@ def border_filter(stride):
     Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. It acts on a row
     of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums of
     the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
-    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0, a constant, is an edge if differences have its
-    form; it becomes a quarter of a cosine, which is 0 at the border. Example: an error adds e to the left tile, so all
-    sums and differences are e. V.T makes the differences sqrt(2) e times that cosine. Pixels, (sum + difference) / 2
-    and (sum - difference) / 2, are 1.2e at the left tile's centre, e/2 at the border, -0.2e at the right centre."""
+    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Equal differences are an edge and wave 0, a constant;
+    they become a quarter of a cosine, 0 at the border. Example: an error adds e to the left tile, so all sums and
+    differences are e. V.T makes the differences sqrt(2) e times that cosine. Pixels, (sum + difference) / 2 and (sum -
+    difference) / 2, are 1.2e at the left tile's centre, e/2 at the border, -0.2e at the right centre."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5

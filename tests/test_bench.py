@@ -99,7 +99,7 @@ def test_gpu(works, tmp_path, monkeypatch):
     for form in ("fast", "plain"):
         for B in (1, 2):
             d2c, mar = figures[f"D2C, {form}, batch {B}"], figures[f"MAR, {form}, batch {B}"]
-            assert d2c["images_per_s"] == pytest.approx(B / d2c["seconds"]) and 0 < d2c["share"] < 10
+            assert d2c["images_per_s"] == pytest.approx(B / d2c["seconds"]) and 0 < d2c["share"] < 2
             assert figures[f"MAR's time over D2C's, {form}, batch {B}"]["ratio"] == \
                 pytest.approx(mar["seconds"] / d2c["seconds"])
     assert figures["D2C, plain, batch 2"]["gflop"] == 2 * figures["D2C, plain, batch 1"]["gflop"]
@@ -170,18 +170,15 @@ def seed_1(folder):
 
 def test_held_out_classes_are_the_runs(toy, tmp_path):
     """A folder that lacks classes of the run: its labels are the run's indices, equally many of each."""
-    folders = sorted(os.listdir(toy.images))[1:4:2]
-    known, paths = data.find_images(toy.images)[2], data.find_images(toy.images)[0]
-    for folder in folders[::-1]:
+    paths, labels, known = data.find_images(toy.images)
+    folders = {label: path.split("/")[0] for path, label in zip(paths, labels) if label in (1, 3)}
+    for folder in folders.values():
         shutil.copytree(os.path.join(toy.images, folder), tmp_path / folder)
-    os.remove(sorted((tmp_path / folders[0]).iterdir())[0])
-    if os.path.exists(os.path.join(toy.images, "classes.tsv")):
-        shutil.copy(os.path.join(toy.images, "classes.tsv"), tmp_path)
+    shutil.copy(os.path.join(toy.images, "classes.tsv"), tmp_path)
+    os.remove(sorted((tmp_path / folders[1]).iterdir())[0])
+    n = labels.count(1) - 1
     images, labels = compare.held_out(str(tmp_path), known, 32)
-    counts = torch.bincount(labels, minlength=len(known))
-    of = {path.split("/")[0]: i for path, i in zip(paths, data.find_images(toy.images)[1])}
-    assert counts.nonzero().flatten().tolist() == sorted(of[f] for f in folders)
-    assert len(images) == len(labels) == int(counts.sum()) and len(counts[counts > 0].unique()) == 1
+    assert labels.tolist() == [1] * n + [3] * n and len(images) == 2 * n
 
 
 def test_frechet(held_out):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import data
+import heldout
 import sample
 
 
@@ -54,9 +56,17 @@ def test_runs_that_are_not_complete(toy, works, script, copy_run, tmp_path):
         assert out.code == 1 and words in out.err and "Traceback" not in out.err
 
 
+def test_files_without_classes_and_steps(toy, works, copy_run):
+    """As official files are: ids say the class, and no step is named."""
+    run = Path(copy_run("vq", "prior"))
+    prior = checkpoints.load_model(run / "prior.pt", "prior")
+    checkpoints.save(str(run / "prior.pt"), "prior", prior.config, prior.state_dict())
+    said = works("heldout", run, toy.images)
+    assert figures(said)[0][0] == figures(works("heldout", toy.run, toy.images))[0][0] and "after" not in said
+
+
 def test_classes_are_those_of_the_run():
     """A folder that lacks a class of the run, and has no classes.tsv, counts its classes otherwise: refused."""
-    import heldout
     run = [[0, "cat"], [1, "dog"], [2, "horse"]]
     assert heldout.class_numbers("F", [[1, "dog"], [2, "horse"]], run) == [1, 2]
     assert heldout.class_numbers("F", [[1, "dog"], [2, "horse"]], [[i, str(i)] for i in range(3)]) == [1, 2]
