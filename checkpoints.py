@@ -6,17 +6,14 @@
     read(path) -> dict                           any torch file: tensors, plain containers and argparse.Namespace only
 
     python checkpoints.py FILE                   says what a weights file is, and under which name a run takes it
-    python checkpoints.py runs/tiny weights/tiny copies a run in half precision, for shipping
 
 A run directory holds {vq,kl,prior,generator}.pt. Each may be an official file, renamed. vq: LlamaGen's vq_ds16_c2i;
 kl: MAR's kl16, CompVis' kl-f16, VA-VAE's f16; prior: LlamaGen's c2i_{B,L,XL,XXL}; generator: MAR's checkpoint-last."""
 import argparse
 import csv
 import hashlib
-import io
 import os
 import re
-import zipfile
 from dataclasses import asdict, fields, replace
 from functools import reduce
 from itertools import count
@@ -55,17 +52,9 @@ def checksum(state: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(path: str, content: dict, kept: str | None = None, save=None):
-    """Writes a torch file with a checksum; `kept` as in `write_file`. save: torch.save, or a function like it."""
-    write_file(path, lambda f: (save or torch.save)({**content, "checksum": checksum(content)}, f), kept)
-
-
-def save_deflated(content, file):
-    """torch.save with deflated members in its zip archive: 8% fewer bytes of fp16 weights, and torch.load reads it."""
-    torch.save(content, memory := io.BytesIO())
-    with zipfile.ZipFile(memory) as old, zipfile.ZipFile(file, "w") as new:
-        for info in old.infolist():
-            new.writestr(info, old.read(info), zipfile.ZIP_DEFLATED, 9)
+def write(path: str, content: dict, kept: str | None = None):
+    """Writes a torch file with a checksum; `kept` as in `write_file`."""
+    write_file(path, lambda f: torch.save({**content, "checksum": checksum(content)}, f), kept)
 
 
 def save(path: str, kind: str, config, state: dict, **meta):
@@ -84,6 +73,8 @@ def read(path: str) -> dict:
         what = "is not a PyTorch weights file, or is damaged; get it again"
         if re.search("Unsupported (global|class)|GLOBAL", str(error)):
             what = "holds more than tensors and plain values, which could run code, and is refused"
+        elif isinstance(error, PermissionError):
+            what = "cannot be read: permission denied"
         raise UserError(f"{path} {what}.") from None
     refuse([(not isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a dictionary of weights")])
     if "format" in content:
@@ -218,7 +209,7 @@ def read_classes(path: str) -> dict | None:
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets put a byte order mark in front
             return {r["folder"]: [int(r["id"]), r["name"].strip()] for r in csv.DictReader(f, delimiter="\t")}
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, csv.Error):
         raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
 
 
@@ -354,33 +345,12 @@ def describe(path: str) -> str:
             f"sizes: {listed(sizes)}\nfits: {listed(fits)}; put it into a run directory as {kind}.pt")
 
 
-def copy_in_half_precision(source: str, target: str):
-    """Copies the weights that sampling needs from one run directory to another, in fp16."""
-    refuse([(os.path.realpath(source) == os.path.realpath(target),
-             "source and target are the same folder; its files would lose half of their precision")])
-    fusion = load(os.path.join(source, "generator.pt"), "generator")[0].fusion
-    kinds = tuple(CONFIGS) if FUSIONS[fusion].reads_codes else ("kl", "generator")
-    for kind in kinds:
-        path, copy = (os.path.join(folder, f"{kind}.pt") for folder in (source, target))
-        content = read(path)
-        refuse([("format" not in content, f"{path} is an official file; only our own are copied")])
-        content["state"] = {k: v.half() if v.is_floating_point() else v for k, v in content["state"].items()}
-        if "tokenizers" in content:  # their weights have just been rounded
-            rounded = lambda k: load(os.path.join(target, f"{k}.pt"), k)[1]
-            content["tokenizers"] = {k: checksum(rounded(k)) for k in content["tokenizers"] if k in kinds}
-        write(copy, content, save=save_deflated)
-        print(f"{copy}  {os.path.getsize(copy) / 1e6:.1f} MB")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="FILE|RUN", help="a file of weights to describe, or a run to copy")
-    parser.add_argument("target", nargs="?", help="the copy of the run, in half precision")
+    parser.add_argument("file", metavar="FILE", help="a file of weights; tools/ship.py copies a run, in half precision")
     args = parser.parse_args()
-    if args.target is not None:
-        return copy_in_half_precision(args.source, args.target)
-    refuse([(os.path.isdir(args.source), f"{args.source} is a folder; give a file in it, or a target for a copy")])
-    print(describe(args.source))
+    refuse([(os.path.isdir(args.file), f"{args.file} is a folder; give a file in it")])
+    print(describe(args.file))
 
 
 if __name__ == "__main__":

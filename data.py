@@ -23,6 +23,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, cycle, islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ def open_image(path: str, size: int | None = None, upright=True) -> Image.Image 
     try:
         with Image.open(path) as image:
             enlarged = max(1, size / min(image.size)) if size else 1  # center_crop would make a long strip huge
-            if image.width * image.height * enlarged**2 > MAX_PIXELS:
+            unscaled = image.mode == "F" or image.mode == "I" and image.format == "TIFF"  # who knows what white is?
+            if unscaled or image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             image = ImageOps.exif_transpose(image) if upright else image
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
@@ -101,6 +103,10 @@ def read_views(path: str, size: int, views: int, *key: int) -> np.ndarray | None
     crops = [center, ImageOps.mirror(center)][:views]
     crops += [random_crop(image, size, np.random.default_rng((*key, v))) for v in range(2, views)]
     return np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops])
+
+
+def lies_in(path: str, folder: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def refuse_many(bad: list, paths: list, then=""):
@@ -315,10 +321,11 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     """Makes the cache `out` of an image folder with RUN/vq.pt and RUN/kl.pt, or continues it. All ranks call this."""
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     size = size if size is not None else kl.about.get("image_size", 256)
-    refuse([(vq.config.codebook_size > 2**16, f"{run}/vq.pt has more than the 65,536 codes that a cache can hold"),
+    paths, labels, classes = find_images(images)
+    refuse([(lies_in(out, images), f"{out} lies in {images}, where it would count as a class; choose another --out"),
+            (vq.config.codebook_size > 2**16, f"{run}/vq.pt has more than the 65,536 codes that a cache can hold"),
             (size < 1 or size % (kl.stride * kl.config.merge) or size % vq.stride,
              f"{size} pixels must be a multiple of {vq.stride} (a code) and {kl.stride * kl.config.merge} (a latent)")])
-    paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
          "seed": seed, "size": size, "files": text_hash(paths), "classes": classes, "latent_grid": size // kl.stride,
          "channels": kl.config.z_channels, "grid": size // vq.stride, "codebook": vq.config.codebook_size,
@@ -441,11 +448,12 @@ def write_toy(count: int, out: str):
     """Writes toy pictures as an image folder. Picture i depends on i only, not on their count."""
     names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
     there = checkpoints.read_classes(os.path.join(out, "classes.tsv"))
-    refuse([(there and "warm_disc" not in there, f"{out} holds other images; choose another --out")])
+    refuse([("warm_disc" not in there if there else os.path.isdir(out) and os.listdir(out),
+             f"{out} holds other images or files; choose another --out")])
+    table = "folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names))
+    write_file(os.path.join(out, "classes.tsv"), lambda f: f.write(table.encode()))  # first: the folder is then ours
     for name in names:
         os.makedirs(os.path.join(out, name.replace(" ", "_")), exist_ok=True)
-    with open(os.path.join(out, "classes.tsv"), "w") as f:
-        f.write("folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names)))
     for i in tqdm(range(count), unit=" images", desc="toy"):
         picture = toy_picture(i % 10, np.random.default_rng((0, i)))
         picture.save(os.path.join(out, names[i % 10].replace(" ", "_"), f"{i:06d}.png"))
@@ -463,7 +471,8 @@ def main():
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
     args = parser.parse_args()
-    refuse([(args.toy is not None and args.toy < 1, "--toy needs a number of pictures of at least 1"),
+    refuse([(not args.out, "--out takes a path"), (args.toy is not None and args.toy < 1, "--toy must be at least 1"),
+            (args.toy is not None and (args.images or args.run or args.size), "--toy takes no --images, --run, --size"),
             (args.toy is None and not (args.images and args.run), "give --images DIR and --run RUN, or --toy N"),
             (args.views < 1 or args.seed < 0, "--views must be at least 1 and --seed at least 0")])
     if args.toy is None:

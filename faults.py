@@ -55,6 +55,9 @@ def run_script(main):
         if is_first():
             print(f"{signal.Signals(number).name}: {sentence}", file=sys.stderr)
         code = 128 + number
+    except BrokenPipeError:  # whoever read our output has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's last flush would fail too
+        code = 128 + signal.SIGPIPE
     except SystemExit as end:  # argparse: --help, or a flag that does not exist
         code = end.code
     except Exception as error:

@@ -108,7 +108,7 @@ def psnr_ssim(a, b):
 
     SSIM (Wang et al. 2004): an 11x11 Gaussian window of deviation 1.5, wherever the image contains all of it."""
     x, y = a.float(), b.float()
-    psnr = 10 * (255**2 / (x - y).square().mean((1, 2, 3))).log10()
+    psnr = 10 * (255**2 / (x - y).square().mean((1, 2, 3)).clamp(min=1e-6)).log10()  # an exact copy: 108, not infinity
     window = torch.exp(-(torch.arange(11.0, device=x.device) - 5) ** 2 / (2 * 1.5**2))
     window = window.outer(window) / window.sum() ** 2
     blur = lambda v: F.conv2d(v.flatten(0, 1)[:, None], window[None, None])         # [B*3, 1, H-10, W-10]
@@ -193,7 +193,9 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
             (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
             (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
                     f"FID: save PNG files, or give --jpeg if these are the originals"),
-            (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it")])
+            (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it"),
+            (len({os.path.realpath(os.path.join(root, f)) for f in files}) < len(files),
+             f"{root} has links by which some images would count twice; remove them")])
 
     def read(file):
         image = read_image(os.path.join(root, file), crop, upright=False)
@@ -278,7 +280,8 @@ def open_reference(args, model: Inception):
     if images and "mu" not in arrays:
         return {**images.about, "images": images.count, "size": images.size}, {}, images
     refuse([(not {"mu", "sigma"} <= arrays.keys(), f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")])
-    made = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    with reading(path):
+        made = json.loads(str(arrays["about"])) if "about" in arrays else {}
     inception = made.get("inception") or ({"resize": "tf1"} if "mu_s" in arrays else {})  # mu_s without about: ADM
     if not inception:
         print0(f"note: {path} does not say how its images were resized; {model.about['resize']} is assumed")
@@ -360,12 +363,11 @@ def save(args, model, world):
     print0(f"{args.save}: statistics of {images.count} images")
 
 
-def table(paths) -> str:
-    """The fourth mode: several result.json -> one Markdown table."""
+def table(results: dict) -> str:
+    """The fourth mode: {path of a result.json: its content} -> one Markdown table."""
     rows = []
-    for path in paths:
+    for path, r in results.items():
         try:
-            r = read_json(path)
             settings = (r["samples"]["settings"] or {}).get("sampling", {})
             about = {k: settings[k] for k in ("iterations", "steps", "cfg", "schedule") if k in settings}
             about |= {"N": r["images"], "protocol": r["protocol"], "reference": (r["reference"] or {}).get("path", "")}
@@ -391,12 +393,13 @@ def report(args, images: Images, reference: dict | None, figures, model, world):
     n, seconds = images.count, round(time.time() - args.start, 1)
     beside = args.images if not (args.run or args.reconstruct) and os.path.isdir(args.images) else ""
     out = args.out or os.path.join(beside, "result.json")
-    write_json(out, {
+    result = {
         "figures": figures, "images": n, "size": images.size, "protocol": args.protocol, "samples": images.about,
         "reference": reference, "reconstructed": args.reconstruct, "inception": model.about, "jpeg": args.jpeg,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": str(world.device), "ranks": world.size, "batch": args.batch, "crop": args.crop, "seconds": seconds})
-    print0(table([out]))
+        "device": str(world.device), "ranks": world.size, "batch": args.batch, "crop": args.crop, "seconds": seconds}
+    print0(table({out: result}))  # before the file, which a full disk may refuse
+    write_json(out, result)
     fewest = min(n, (reference or {}).get("images", n))
     if n < 10_000 and "fid" in str(figures):
         print0(f"note: an FID falls with the number of images; compare it only with another FID@{n} (papers: 50,000)")
@@ -438,6 +441,8 @@ def read_flags():
             (not args.run and drawing != [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
             (not scoring and args.metrics, "--metrics is for generated images"),
             (args.save and not args.save.endswith(".npz"), "--save takes FILE.npz"),
+            (args.save and args.save in args.paths, f"--save {args.save} would replace its own input"),
+            (args.out and (args.save or args.table), "--out is for figures; --save and --table write none"),
             (not set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
             (args.protocol == "pytorch-fid" and metrics != ["fid"], "pytorch-fid defines FID only"),
             (len(args.paths) != len(names), f"{len(names)} paths are needed, not {len(args.paths)}; see --help"),
@@ -452,7 +457,7 @@ def read_flags():
 def main():
     args = read_flags()
     if args.table:
-        return print(table(args.table))
+        return print(table({path: read_json(path) for path in args.table}))
     world, args.start = setup(args.device), time.time()
     model = Inception(find_inception(args.inception), PROTOCOLS[args.protocol][0], world.device)
     (save if args.save else reconstruct if args.reconstruct else score)(args, model, world)

@@ -65,7 +65,7 @@ def choose_device(name: str | None, ranks: int, local: int) -> torch.device:
             (name == "mps" and not mps, "there is no mps: it needs an Apple GPU that PyTorch sees, and one process")])
     if name.startswith("cuda"):
         name = f"cuda:{local}" if ranks > 1 or name == "cuda" else name
-        refuse([(torch.device(name).index >= gpus, f"there is no {name}: this PyTorch sees {gpus} CUDA GPUs")])
+        refuse([(int(name[5:]) >= gpus, f"there is no {name}: this PyTorch sees {gpus} CUDA GPUs")])
     return torch.device(name)
 
 
@@ -79,7 +79,7 @@ def is_first() -> bool:
 def print0(*words):
     """Prints on rank 0 only."""
     if is_first():
-        print(*words, flush=True)
+        print(*(str(w).encode(errors="backslashreplace").decode() for w in words), flush=True)  # names may be no UTF-8
 
 
 def barrier():
@@ -174,8 +174,8 @@ def sweep(folder: str):
     """Removes the temporary files of killed writers from a folder and the folders in it. Call it while none writes."""
     for inside in ("*", os.path.join("*", "*")):
         for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
-            pid = path.rpartition(".tmp")[2]
-            if pid.isdigit() and os.path.isfile(path) and not is_alive(int(pid)):
+            ours = re.search(r"\.(pt|npy|npz|json|png|gif)\.tmp(\d+)$", path)
+            if ours and os.path.isfile(path) and not is_alive(int(ours[2])):
                 os.unlink(path)
 
 

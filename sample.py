@@ -217,7 +217,7 @@ def check_sampling(run: Run, s: Sampling, start: Start | None = None) -> Samplin
             (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
             (not (0 < s.prior_temperature < math.inf and 0 <= s.temperature < math.inf),
              "--prior-temperature must be above 0 (see also --top-k 1), --temperature at least 0, both finite"),
-            (not math.isfinite(s.cfg + s.prior_cfg), "--cfg and --prior-cfg must be finite"),
+            (not math.isfinite(s.cfg + s.prior_cfg + s.cfg_from), "--cfg, --prior-cfg, --cfg-from must be finite"),
             (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
     return s
 
@@ -372,9 +372,9 @@ def parse():
     one.add_argument("--about", metavar="PICTURE.png", help="say how this picture was made, and stop")
     parser.add_argument("--run", help="run directory (default: weights/tiny of this repository)")
     parser.add_argument("--num", type=int, help="pictures in all (default: 16; of several classes 8 or fewer each)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sample.png", help="FILE.png: a grid; DIR: files; FILE.npz: and one array")
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn together")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--out", default="sample.png", help="a grid FILE.png (default: %(default)s), DIR, or FILE.npz")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn together (default: %(default)s)")
     parser.add_argument("--show-coarse", action="store_true", help="the decoded codes beside each picture")
     parser.add_argument("--frames", metavar="FILE.gif", help="the grid after every iteration, without decoded codes")
     parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this picture anew; needs --keep")
@@ -395,7 +395,8 @@ def prepare(args, run: Run, world):
     one_file (a grid as PNG), num, sampling, start (or None), labels: picture i is of class labels[i % len(labels)]."""
     args.one_file = args.out.lower().endswith(".png")
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
-            ("" in (args.edit, args.keep, args.like), "--edit, --keep and --like take the name of a file"),
+            ("" in (args.out, args.edit, args.keep, args.like), "--out, --edit, --keep and --like take a path"),
+            (args.out in (args.edit, args.keep, args.like), f"--out {args.out} would replace a picture that is read"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
             (args.frames and not (args.frames.lower().endswith(".gif") and args.one_file),

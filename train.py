@@ -33,7 +33,7 @@ import fast
 import generator
 import prior
 import sample
-from data import Cache, Folder, batches, find_images, tokenise
+from data import Cache, Folder, batches, find_images, lies_in, tokenise
 from diffloss import HeadBlock, tf32
 from faults import Stopped, Watch, is_restart, run_script, step_unless
 from fusion import FUSIONS, MapperLayer
@@ -258,21 +258,26 @@ def parse_args():
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     args = parser.parse_args()
     all_stages, folder = args.stage == "all", args.stage in ("0", "all")
+    args.run = os.path.join("runs", args.preset) if args.run is None else args.run
     bad = lambda x: x is not None and not 0 < x < math.inf
-    refuse([(args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
+    refuse([("" in (args.data, args.run), "--data and --run take paths"), (bad(args.lr), "--lr must be above 0"),
+            (args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
+            (folder and args.data and (lies_in(args.run, args.data) or lies_in(args.data, args.run)),
+             "--data and --run must lie outside each other; a run among the images would count as a class"),
             (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != "0", "--only vq or kl is for stage 0"),
             ((args.fusion or args.condition) and args.stage in ("0", "1"), "--fusion and --condition are for stage 2"),
+            (args.condition and not FUSIONS[args.fusion or PRESETS[args.preset].generator.fusion].reads_codes,
+             "--condition says where codes come from, but this fusion reads none"),
             (args.shard and (folder or "LOCAL_RANK" not in os.environ), "--shard is for stages 1 and 2 under torchrun"),
             ((args.steps or args.lr) and all_stages, "--steps and --lr are for a single stage; see --hours"),
             (bad(args.hours) or args.hours and not all_stages, "--hours H, above 0, is for stage all"),
             (args.hours and "-" in (args.condition or ""), "--hours cannot be combined with a --condition that moves"),
             (any(map(bad, (args.batch, args.accumulate, args.steps, args.log_every, args.save_every))),
              "--batch, --accumulate, --steps, --log-every and --save-every must be at least 1"),
-            (args.grid_every < 0, "--grid-every must be at least 0"), (bad(args.lr), "--lr must be above 0")])
-    args.stage = args.stage if all_stages else int(args.stage)
-    args.run, args.data = args.run or os.path.join("runs", args.preset), args.data or os.path.join("data", "cache")
+            (args.grid_every < 0, "--grid-every must be at least 0")])
+    args.stage, args.data = args.stage if all_stages else int(args.stage), args.data or os.path.join("data", "cache")
     return args
 
 
@@ -295,10 +300,7 @@ def build(args, world) -> Stage:
 
 
 label = lambda args: f"{args.stage}-{args.only}" if args.only else args.stage  # of a training, e.g. 1 or 0-vq
-
-
-def state_path(args):
-    return os.path.join(args.run, f"train-{label(args)}.pt")
+state_path = lambda args: os.path.join(args.run, f"train-{label(args)}.pt")
 
 
 def settings(stage) -> dict:
@@ -432,7 +434,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         if args.grid_every and (done % args.grid_every == 0 or last):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
-        bar.update()
+        watch.signal or bar.update()  # Ctrl-C may have ended who reads the bar (tee), and the save is yet to come
     bar.close(), watch.close(), barrier()
 
 
@@ -475,12 +477,13 @@ def train_all(args, world):
         checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
     barrier()
     args.fresh, plan = False, (None if args.fresh and args.dry_run else read_json(inside("plan.json")))
-    if plan is None:  # hours in all; of each stage its steps, and its seconds (fix_steps); begun: by this command
+    if plan is None:  # of each stage its steps, and its seconds (fix_steps); begun: by this command
         images = len(find_images(args.data)[0])
         steps = [recipe.steps(images, args.batch or recipe.batch) for recipe in preset.recipes]
-        plan = {"hours": args.hours, "steps": steps, "seconds": [None] * 3, "begun": []}
+        plan = {"hours": args.hours, "batch": args.batch, "steps": steps, "seconds": [None] * 3, "begun": []}
     agree(plan, "the plan")
     refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh"),
+            (args.batch != plan.get("batch"), f"{inside('plan.json')} is for another --batch; see --fresh"),
             (plan["hours"] and "-" in (args.condition or ""), "the --hours of plan.json exclude --condition P-Q")])
     args.hours = plan["hours"]
     stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]
@@ -492,7 +495,7 @@ def train_all(args, world):
         source = inside("cache") if n else args.data
         mine = argparse.Namespace(**{**vars(args), "stage": n, "steps": plan["steps"][n], "data": source})
         if i == 1:  # between tokenizers and the rest; makes only what is missing
-            tokenise(args.data, args.run, source, world)
+            tokenise(args.data, args.run, source, world, args.size)
         missing = [kind for kind in KINDS[n] if not os.path.exists(inside(f"{kind}.pt"))]
         ours = n in plan["begun"] or os.path.exists(state_path(mine))
         if not ours and len(missing) < len(KINDS[n]):  # the user brought weights; one of two is a mistake

@@ -517,9 +517,9 @@ def folder_with_settings_of_another_program(c):
     return *sample(c), "--out", c.new
 
 
-@case("same folder")
+@case("is there already")
 def weights_onto_themselves(c):
-    return "checkpoints", c.toy.run, f"{c.toy.run}/."
+    return "ship", c.toy.run, f"{c.toy.run}/."
 
 
 @case("no mps")
@@ -539,7 +539,64 @@ def stage_0_without_data(c):
     return "train", "--stage", 0, "--preset", "toy", "--run", c.new
 
 
+@case("fusion reads none")
+def condition_without_codes(c):
+    return train(c, 2, "--fusion", "none", "--condition", "resampled")
+
+
+@case("--toy takes no --images")
+def toy_pictures_of_a_folder(c):
+    return "data", "--toy", 3, "--images", c.toy.images, "--out", c.new
+
+
 # ------------------------------------------------------------------------------------------------------- where to write
+
+@case("outside each other")
+def run_among_the_images(c):
+    return "train", "--stage", "all", "--preset", "toy", "--data", c.new, "--run", f"{c.new}/run"
+
+
+@case("outside each other")
+def images_in_the_run(c):
+    return "train", "--stage", 0, "--preset", "toy", "--run", c.tmp, "--data", c.new
+
+
+@case("lies in .*, where it would count as a class")
+def cache_among_the_images(c):
+    shutil.copytree(c.toy.images, c.new)
+    return tokenise(c, images=c.new, out=f"{c.new}/cache")
+
+
+@case("--data and --run take paths")
+def empty_run(c):
+    return *train(c, 2), "--run", ""
+
+
+@case("--out takes a path")
+def empty_out(c):
+    return *tokenise(c), "--out", ""
+
+
+@case("would replace a picture that is read")
+def output_that_is_the_input(c):
+    return *sample(c), "--like", c.tmp / "a.png"
+
+
+@case("would replace its own input")
+def statistics_over_their_images(c):
+    return "fid", "a.npz", "--save", "a.npz"
+
+
+@case("--out is for figures")
+def figures_of_a_table(c):
+    return "fid", "--table", "a.json", "--out", "b.json"
+
+
+@case("holds other images or files")
+def toy_pictures_among_others(c):
+    os.makedirs(f"{c.new}/cats")
+    return "data", "--toy", 3, "--out", c.new
+
 
 @case("file/new")
 def unwritable_toy_folder(c):

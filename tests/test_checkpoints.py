@@ -425,7 +425,7 @@ def test_description_refuses_other_files(toy, path, script, tmp_path):
 
 
 def test_half_precision_copy(toy, tmp_path, works):
-    works("checkpoints", toy.run, tmp_path / "half")
+    works("ship", toy.run, tmp_path / "half")
     for kind in checkpoints.CONFIGS:
         a, b = checkpoints.load(f"{toy.run}/{kind}.pt", kind), checkpoints.load(tmp_path / "half" / f"{kind}.pt", kind)
         assert a[0] == b[0] and same({k: v.half().float() for k, v in a[1].items()}, b[1])

@@ -1,7 +1,9 @@
 """data.py: the crop, reading images, classes, the cache, the order of training, the toy pictures."""
+import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import checkpoints
 import data
 import fid
 import sample
-from runtime import UserError
+from runtime import UserError, print0
 from tokenizers import KL, VQ
 
 
@@ -117,6 +119,9 @@ def test_transparent_colours(tmp_path):
                              ("grey", Image.fromarray(black), 0), ("palette", Image.fromarray(black).convert("P"), 0)]:
         image.save(tmp_path / f"{name}.png", transparency=key)
         assert data.read_image(str(tmp_path / f"{name}.png"), 32).min() == 255, name
+    for dtype in (np.float32, np.int32):  # nothing says which number is white
+        Image.fromarray(GREY.astype(dtype)).save(tmp_path / "x.tif")
+        assert data.read_image(str(tmp_path / "x.tif"), 32) is None
     grey16 = Image.fromarray(GREY.astype(np.uint16) * 256 + 77)
     grey16.save(tmp_path / "grey16.png", transparency=5)  # a grey that no pixel has
     assert np.array_equal(data.read_image(str(tmp_path / "grey16.png"), 32)[0], GREY)
@@ -513,6 +518,13 @@ def test_toy_pictures_leave_other_images_alone(script, tmp_path):
     (tmp_path / "classes.tsv").write_text("folder\tid\tname\nmine\t0\tmine\n")
     result = script("data", "--toy", 1, "--out", tmp_path)
     assert result.code == 1 and "holds other images" in result.err and os.listdir(tmp_path) == ["classes.tsv"]
+
+
+def test_names_that_are_no_utf8_are_printed(monkeypatch):
+    """A file name in Latin-1 reaches Python with surrogates, which a stdout in UTF-8 refuses."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    print0(os.fsdecode(b"caf\xe9"))
+    assert sys.stdout.buffer.getvalue() == b"caf\\udce9\n"
 
 
 def test_toy_pictures_vary():

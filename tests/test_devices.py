@@ -133,7 +133,7 @@ def test_every_stage_and_sampling_in_bf16(toy, copy_run, works, monkeypatch, tmp
     args = "sample", "--run", run, "--class", 3, "--num", 2, "--iterations", 3, "--steps", 4
     for more in ((), ("--plain",)):
         works(*args, *more, "--out", tmp_path / "a.png")
-    works(*args, "--out", tmp_path / "a.png", "--like", tmp_path / "a.png")
+    works(*args, "--out", tmp_path / "b.png", "--like", tmp_path / "a.png")
 
 
 # ------------------------------------------------------------------------------------------------------ a fake GPU

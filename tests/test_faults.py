@@ -287,6 +287,15 @@ def test_ranks_with_other_disks_are_told(toy):
     assert [rank.returncode for rank in ranks] == [1, 1] and "the ranks disagree on the step to resume at" in said
 
 
+def test_a_reader_who_has_gone():
+    """`| head -1`: no traceback, and the exit code of SIGPIPE, as other programs have."""
+    code = "import faults, runtime\nfaults.run_script(lambda: [runtime.print0('x' * 100) for _ in range(10**6)])"
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.readline()
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait(60) == 128 + signal.SIGPIPE
+
+
 def test_restarted_ranks_meet_without_traces_of_dead_ones():
     """Three starts on one store, as torchrun keeps it, the last after a rank died while it waited for an answer."""
     common, seen = dist.HashStore(), set()

@@ -277,7 +277,8 @@ def test_psnr_and_ssim(golden):
         c1, c2 = 2.55**2, 7.65**2
         want = ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
         assert ssim[i] == pytest.approx(want, rel=1e-4)
-    assert fid.psnr_ssim(a, a)[1].min() > 0.9999
+    same = fid.psnr_ssim(a, a)
+    assert same[1].min() > 0.9999 and 100 < same[0].max() < 120  # and not infinity, which would hide all other images
 
 
 # ------------------------------------------------------------------------------------------------ inputs and references
@@ -376,6 +377,9 @@ def test_pictures_that_do_not_do(fake, drawn, script, tmp_path):
     (folder / "z.png").symlink_to("nowhere.png")
     assert "z.png is a link" in refused(folder)
     os.remove(folder / "z.png")
+    (folder / "again").symlink_to(folder)
+    assert "count twice" in refused(folder)
+    os.remove(folder / "again")
     Image.new("RGB", (32, 32)).save(folder / "a.jpg")
     assert "1 compressed images, e.g. a.jpg" in refused(folder)
     assert script("fid", folder, "--metrics", "is", "--jpeg").code == 0
@@ -497,6 +501,12 @@ def test_labels_and_table(fake, drawn, works, toy):
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert "gFID@24" in lines[0] and "rFID@130" in lines[0] and "iterations" in lines[0]
     assert f"{figures('a.json')['gfid']:.4f}" in lines[2] and "toy" in lines[3]
+
+
+def test_figures_are_printed_though_the_file_cannot_be_written(fake, drawn, script, tmp_path):
+    (tmp_path / "file").touch()
+    result = script("fid", drawn / "x", "--metrics", "is", "--out", tmp_path / "file" / "result.json")
+    assert result.code == 1 and "cannot write" in result.err and "| IS |" in result.out
 
 
 @pytest.mark.parametrize("command, words", [

@@ -253,18 +253,19 @@ def test_learning_rate_follows_batch_and_warm_up(toy, copy_run, works, monkeypat
 
 # ------------------------------------------------------------------------------------------------------- combinations
 
-@pytest.mark.parametrize("condition", ["resampled", "ground_truth", "mixed:0.5"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion, condition", [(fusion, condition) for fusion in FUSIONS for condition in
+                                               ("resampled", "ground_truth", "mixed:0.5") if fusion != "none"]
+                         + [("none", None)])
 def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path, fusion, condition):
     run = copy_run("vq", "kl", "prior")
-    works(*command(toy, 2, run, 2, "--fusion", fusion, "--condition", condition))
+    works(*command(toy, 2, run, 2, "--fusion", fusion, *(("--condition", condition) if condition else ())))
     if not FUSIONS[fusion].reads_codes:
         os.unlink(f"{run}/vq.pt"), os.unlink(f"{run}/prior.pt")
     out = tmp_path / "a.png"
     works("sample", "--run", run, "--class", "3", "--num", 2, "--iterations", 2, "--steps", 4, "--out", out)
     assert out.exists()
     content = checkpoints.read(f"{run}/generator.pt")
-    assert content["config"]["fusion"] == fusion and content["condition"] == condition
+    assert content["config"]["fusion"] == fusion and content["condition"] == (condition or "ground_truth")
 
 
 def test_conditions_differ(toy, copy_run, works):
@@ -405,6 +406,8 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert steps_of(run) == [3, 3, 3]
     result = script(*all_stages(ten, run, "--hours", 2))
     assert result.code == 1 and "plan.json is for other --hours" in result.err
+    result = script(*all_stages(ten, run, "--batch", 5))  # its steps would be other epochs
+    assert result.code == 1 and "plan.json is for another --batch" in result.err
     result = script(*all_stages(ten, tmp_path / "new", "--condition", "ressampled"))  # before hours of tokenizers
     assert result.code == 1 and "not ressampled" in result.err and not (tmp_path / "new").exists()
     result = script(*all_stages(ten, run, "--condition", "mixed:1-0.3"))  # the hours of the first command still count

@@ -14,7 +14,6 @@ the largest. It counts FLOPs (torch.utils.flop_counter) and compares them with t
 measured in the same run. The weights are random, because all-zero weights can run faster than real ones.
 """
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -40,7 +39,7 @@ from generator import Generator
 from gpu import FORMS, bench_gpu
 from presets import PRESETS
 from prior import Prior
-from runtime import UserError, autocast, setup
+from runtime import UserError, autocast, log, setup
 from tokenizers import KL, VQ
 
 
@@ -279,8 +278,7 @@ def main():
         numbers = ", ".join(text.format(figure[name]) for name, text in SHOWN.items() if name in figure)
         print(f"{args.part:9} {figure['what']}: {numbers}", flush=True)
         if args.json:
-            with open(args.json, "a") as file:
-                file.write(json.dumps({**about, **figure}) + "\n")
+            log(args.json, **about, **figure)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from fusion import FUSIONS
 from generator import GeneratorConfig, mask_ratio
 from heldout import class_numbers
 from presets import PRESETS
-from runtime import UserError, rng
+from runtime import UserError, make_folder, refuse, rng, write_json
 from train import main as train
 
 SECONDS = 120  # CPU time of a training on photographs
@@ -91,8 +91,8 @@ def once(path, make):
     result = Path(path, "result.json")
     if not result.exists():
         shutil.rmtree(path, ignore_errors=True)  # a training that was cut off would get more time than the others
-        os.makedirs(path)
-        result.write_text(json.dumps(make()))
+        make_folder(path)
+        write_json(str(result), make())
     figures = json.loads(result.read_text())
     print(path, figures, flush=True)
     return figures
@@ -117,8 +117,9 @@ def compare(file, rows, seconds, columns, out, base, cache, pictures, *flags, se
             path = f"{out}/{preset}-{fusion}-{condition.replace(':', '-')}-{seed}"
 
             def make():
-                train_generator(file, path, base, cache, seconds, preset, "--fusion", fusion, "--condition", condition,
-                                "--seed", seed, *flags)
+                source = ("--condition", condition) if FUSIONS[fusion].reads_codes else ()
+                train_generator(file, path, base, cache, seconds, preset, "--fusion", fusion, *source, "--seed", seed,
+                                *flags)
                 return measure_generator(path, tokens, pictures[0])
 
             table.setdefault(row, []).append(once(path, make))
@@ -190,8 +191,10 @@ def held_out(folder, classes, size=64):
     labels = np.array(class_numbers(folder, found, classes))[labels]
     count = np.unique(labels, return_counts=True)[1].min()
     chosen = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
-    images = np.stack([data.read_image(f"{folder}/{paths[i]}", size) for i in chosen])
-    return torch.from_numpy(images), torch.tensor(labels[chosen])
+    images = [data.read_image(f"{folder}/{paths[i]}", size) for i in chosen]
+    bad = [paths[i] for i, image in zip(chosen, images) if image is None]
+    refuse([(bad, f"{folder}/{''.join(bad[:1])} cannot be read; repair or remove it")])
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels[chosen])
 
 
 def held_out_toys(n):

@@ -187,4 +187,5 @@ def bench_gpu(args, preset):
         try:
             yield {"what": what, **measure()}
         except Exception as error:  # out of memory, say; the other figures still count
-            yield {"what": what, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            first_line = str(error).partition("\n")[0]
+            yield {"what": what, "error": f"{type(error).__name__}: {first_line}"}
