@@ -3,10 +3,10 @@
     fast.generate_codes(prior, classes, ...)         = prior.generate(classes, ...)
     fast.sample_head(head, z, ...)                   = head.sample(z, ...)
     fast.generate(model, classes, codes, ...)        = model.generate(classes, codes, ...)
-    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...), its numbers from draws
+    fast.loss(model, latents, classes, codes, draws) = model.loss(latents, classes, codes, ...) with these draws
 
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
-(Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) The tests
+(Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) Tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Every
 section says what is rewritten, why it is exact and, if measured, how many times as fast it is on 2 cores; the last two
 depend on the machine (`FewRows`; CUDA graphs and torch.compile)."""
@@ -64,7 +64,7 @@ def generate_codes(prior, classes, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0,
 # own. But none depends on x, so one product computes those of several steps and reads the weights once. TF32 is allowed
 # where HeadNet allows it. Exact: the same sums, earlier. With `FewRows` 3.2 times as fast (N = 4, guided).
 
-ROWS = 1024  # of such a product at most, but one step at least. A row's modulations: (3 * depth + 2) * width numbers
+ROWS = 1024  # at most so many rows in one product (but at least one step), because their modulations take memory
 
 
 def modulations(net, y):
@@ -116,7 +116,7 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
     count = max(1, ROWS // len(z))                                                   # steps per adaLN product
     x = noise[0]
     for k, i in enumerate(reversed(range(S))):
-        if k % count == 0:  # the modulations of `count` steps ahead: i, i - 1, ..., first
+        if k % count == 0:  # the modulations of the next `count` steps, in the order of s: first to i
             first = max(0, i + 1 - count)
             mods = modulations(net, F.silu(times[first:i + 1, None] + projected))    # each [i+1-first, N or 2N, width]
         out = body(net, x.repeat(len(z) // N, 1), mods, i - first, linear)
@@ -134,7 +134,7 @@ def reverse(head, s: Schedule, temperature, linear, z, times, noise, cfg):
 # --------------------------------------------------------------------------------------------------- the generator
 # 1. Order of generation. Attention knows positions only from the tables added to its rows, so rows may stand in any
 #    order. Here they stand in that of generation: visible tokens, those of this iteration, the others. Each group is
-#    a slice whose bounds the host knows. The plain loop selects by a mask, whose rows a GPU must count for the host.
+#    a slice whose bounds the host knows. The plain loop selects by a mask, so the host waits until a GPU has counted.
 # 2. Fusion once. Class and codes do not change during sampling. So the fusion's output, and each cross-attention's
 #    keys and values of it, are computed once per image; those of the null class once for all images (prepare_null).
 # 3. Last block. Only the tokens of this iteration are used after the last decoder block. Its keys and values come from
@@ -254,9 +254,9 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other: a CPU's allocator fetches the memory of large tensors anew in each step, and may keep that of small ones.
-# What all draws share is computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally
-# many rows, so the mean of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8).
+# other, because a CPU's allocator may keep the memory of small tensors for the next step. What all draws share is
+# computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean
+# of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8); not measured on a GPU.
 
 def head_net(net, z):
     """-> a function like HeadNet.forward, (x_t, t, z) -> [..., N, 2C], that uses this z in place of its argument."""
@@ -295,7 +295,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class FewRows:
-    """linear = FewRows(); linear(layer, x) is layer(x). Without gradients and a CPU's autocast; W must not change."""
+    """linear = FewRows(); linear(layer, x) is layer(x). Not for gradients or a CPU's autocast; W must not change."""
 
     def __init__(self):
         self.copies = {}

@@ -11,7 +11,8 @@ is_null marks images without class: the caller has replaced their class_token; t
     mask_codes  [B, L, D] or None    what the decoder adds to the mask tokens of the L positions
 
 L_q is the number of codes (L in prior.py), L that of the tokens. n is GeneratorConfig.prefix, 64 in MAR: n copies of
-the class token are working memory; learned positions tell them apart. P is n, but more in the fusion called `prefix`.
+the class token, told apart by learned positions, give the Transformer rows to compute in. P is n; but in the fusion
+that is called `prefix` the codes stand in the prefix too.
 
     none             prefix: n class tokens                                                    MAR     P = n
     qformer          prefix: Q outputs of the Q-Former, which reads all codes (Q is
@@ -31,8 +32,8 @@ To add a sixth fusion:
     3. If every block needs an extra layer, return it from make_cross_attention, and set context. The block computes
        x + layer(x, context) between self-attention and MLP.
     4. Add the class to FUSIONS. Its key is then a value of --fusion, and the tests of all fusions include it.
-New sizes go to GeneratorConfig. The faster loops of fast.py need no change, if the layer of step 3 is a CrossAttention
-and the codes of a null image have no influence (`embed` sees to that)."""
+New sizes go to GeneratorConfig. fast.py, the faster form of the loops, needs no change if the layer of step 3 is a
+CrossAttention and the codes of a null image have no influence (`embed` sees to that)."""
 from typing import NamedTuple
 
 import torch

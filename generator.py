@@ -191,8 +191,8 @@ class Generator(nn.Module):
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
 
-        All images mask equally many tokens: `uniform`, a Python float in [0, 1), decides their one masking ratio.
-        So the host knows the number of masked tokens and need not wait for a GPU. None: drawn too."""
+        All images mask equally many tokens: `uniform`, a Python float in [0, 1), decides their one masking ratio, so
+        that the host knows this number without waiting for a GPU. None: drawn on the device, and waited for."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
         masked = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
@@ -215,7 +215,7 @@ class Generator(nn.Module):
         steps           diffusion steps per token: an int, or a list with an int per iteration
         cfg             strength of guidance; 1 is none
         schedule        `constant`, or `linear`: guidance grows to cfg with the share of tokens visible afterwards
-        cfg_from        iterations whose guidance is below this number skip the null branch, half their work
+        cfg_from        iterations whose guidance is below this number have none instead: half the work
         temperature     scales the noise that the diffusion head adds in its steps
         t_max           the diffusion timestep at which the head starts, from N(0, 1) as always
         orders [B, L]   a permutation of the positions per image; drawn from its end, as in MAR

@@ -158,7 +158,7 @@ def resize_tf1(images):
 def resize_torch(images):
     """uint8 [B, 3, h, w] -> [B, 3, 299, 299] in [-1, 1]: pytorch-fid's bilinear, with half-pixel centres.
 
-    Against resize_tf1 it moves `pool` by about 0.3% of its spread, so statistics of the two must never be mixed."""
+    Against resize_tf1 it moves `pool` by 0.25% of its spread, so statistics of the two must never be mixed."""
     return F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
 
 

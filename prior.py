@@ -143,7 +143,8 @@ class Prior(nn.Module):
         """Draws every code again from p(q_i | q_<i, class), given the *true* codes before it. Call eval() first.
 
         One causal pass gives all L distributions (teacher forcing). uniform [B, L] in [0, 1) are the random numbers.
-        D2C trains its generator on these codes: like sampled ones, they contain mistakes of the prior."""
+        D2C trains its generator on these codes: like sampled ones, they contain mistakes of the prior, although here
+        no mistake leads to others. D2C samples them at temperature 1, without guidance."""
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         return torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])
@@ -172,9 +173,9 @@ class Prior(nn.Module):
         temperature           divides the logits
         top_k, top_p          see filter_logits
         generator             a torch.Generator on the model's device, or a list of B, one per image
-        given [B, L]          codes that stay, -1 where a code is drawn; codes are drawn in raster order, so a drawn
-                              code does not see the given codes that follow it
-        watch                 a function that is called after every code"""
+        given [B, L]          codes that stay (for editing), -1 where one is drawn; they are drawn in raster order,
+                              so a drawn code does not see the given codes that follow it
+        watch                 a function that is called after every code, to show progress"""
         B, L = len(classes), self.config.grid**2
         uniform = uniform_numbers(B, L, generator, classes.device)
         guided = cfg != 1

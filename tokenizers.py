@@ -260,7 +260,7 @@ class KL(Autoencoder):
                          encoder_attention=c.encoder_attention, decoder_attention=c.decoder_attention)
 
     def set_scale(self, scale):
-        """Puts the latents' measured 1 / std (`latent_scale`) into the config. Only this sets it.
+        """Puts the latents' measured 1 / std (`latent_scale`) into the config.
 
         Stage 0 measures it for kl.pt, or data.py for a kl.pt without it (VA-VAE). Stage 2 copies it into generator.pt
         and sample.py takes it from there, because decoding with another scale gives wrong contrast."""
@@ -280,7 +280,7 @@ class KL(Autoencoder):
     def sample(self, moments, noise=None, generator=None):
         """moments [B, 2Z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
-        noise: B*L*C numbers in any shape; zeros give the posterior's mean."""
+        noise: [B, Z, h, h], or as many numbers in another shape, in this order; zeros give the posterior's mean."""
         mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -297,9 +297,9 @@ class KL(Autoencoder):
     def loss(self, images, draws=None):
         """-> scalar, reconstruction. draws: as `draw` gives them, drawn when None.
 
-        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has LPIPS and a GAN instead of L2. It has the same weight of KL,
-        but sums the reconstruction error, which this code averages: KL counts 3HW times more here. With config.noise
-        the decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, is similar)."""
+        L1 + L2 + 1e-6 KL to the unit Gaussian. LDM has LPIPS and a GAN instead of L2. LDM's weight of KL is the same,
+        but LDM sums the reconstruction error; this code averages it, so KL counts 3HW times more. With config.noise the
+        decoder learns to decode imperfect latents, such as stage 2 makes (l-DeTok, 2507.15856, is similar)."""
         mean, logvar = self.posterior(self.to_grid(images))
         posterior_noise, added, strength = self.draw(len(mean), mean.shape[-1]) if draws is None else draws
         z = mean + (0.5 * logvar).exp() * posterior_noise
@@ -344,10 +344,11 @@ def border_filter(stride):
     Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. It acts on a row
     of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums of
     the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
-    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Equal differences are an edge and wave 0, a constant;
-    they become a quarter of a cosine, 0 at the border. Example: an error adds e to the left tile, so all sums and
-    differences are e. V.T makes the differences sqrt(2) e times that cosine. Pixels, (sum + difference) / 2 and (sum -
-    difference) / 2, are 1.2e at the left tile's centre, e/2 at the border, -0.2e at the right centre."""
+    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0 of DCT-II is a constant: equal differences, an
+    edge. Wave 0 of DCT-IV is a quarter of a cosine, 0 at the border: no edge. Example: an error adds e to the left
+    tile, so all sums and differences are e. V.T makes the differences sqrt(2) e times that cosine. The pixels of a
+    pair, (sum + difference) / 2 and (sum - difference) / 2, then fall smoothly from 1.2e at the left tile's centre to
+    e/2 at the border and -0.2e at the right tile's centre."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5
@@ -380,10 +381,10 @@ def fit_linear_path(model, images, generator=None):
 
 
 def fit_vq(vq, images, generator):
-    """Channels: d - 1 components and a constant 1: when normalising divides all, their ratio tells their size."""
+    """Channels: d - 1 components, and a 1. VQ normalises; the ratio of a component to the 1 still tells its size."""
     tiles = cut_tiles(vq, images)
     mean, axes = tiles.mean(0), principal_axes(tiles, vq.config.codebook_dim - 1)
-    axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                          # mean length 1, the constant's size
+    axes /= ((tiles - mean) @ axes.T).norm(dim=1).mean()                          # mean length 1, like the last channel
     set_patch_in(vq, axes, -axes @ mean, constant=1.0)
     z = F.normalize(vq.to_grid(images).flatten(2).mT.flatten(0, 1), dim=1)         # [N*L, d]
     book = z[torch.randperm(len(z), generator=generator)[:vq.config.codebook_size]]
