@@ -71,10 +71,10 @@ def read(path: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a flipped bit can make the zip reader and the unpickler raise almost anything
         what = "is not a PyTorch weights file, or is damaged; get it again"
-        if re.search("Unsupported (global|class)|GLOBAL", str(error)):
-            what = "holds more than tensors and plain values, which could run code, and is refused"
-        elif isinstance(error, PermissionError):
+        if isinstance(error, PermissionError):
             what = "cannot be read: permission denied"
+        elif re.search("Unsupported (global|class)|GLOBAL", str(error)):
+            what = "holds more than tensors and plain values, which could run code, and is refused"
         raise UserError(f"{path} {what}.") from None
     refuse([(not isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a dictionary of weights")])
     if "format" in content:
@@ -210,7 +210,7 @@ def read_classes(path: str) -> dict | None:
         with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets put a byte order mark in front
             return {r["folder"]: [int(r["id"]), r["name"].strip()] for r in csv.DictReader(f, delimiter="\t")}
     except (KeyError, TypeError, ValueError, AttributeError, OSError, csv.Error):
-        raise UserError(f"{path} must have the tab-separated columns folder, id (a number) and name.") from None
+        raise UserError(f"{path} must be a file of tab-separated columns: folder, id (a number), name.") from None
 
 
 # -------------------------------------------------------------------------------------------------- official layouts

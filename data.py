@@ -66,13 +66,13 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
 
 
 def open_image(path: str, size: int | None = None, upright=True) -> Image.Image | None:
-    """The picture in RGB, its transparent parts on white. None if the file is no readable image or is too large.
+    """The picture in RGB, its transparent parts on white. None if unreadable, too large, or of floats, of 32-bit ints.
 
     size: of the crop that the caller will make. upright: obey the camera's EXIF note. fid.py does not, as ADM."""
     try:
         with Image.open(path) as image:
             enlarged = max(1, size / min(image.size)) if size else 1  # center_crop would make a long strip huge
-            unscaled = image.mode == "F" or image.mode == "I" and image.format == "TIFF"  # who knows what white is?
+            unscaled = image.mode == "F" or image.mode == "I" and image.format == "TIFF"
             if unscaled or image.width * image.height * enlarged**2 > MAX_PIXELS:
                 return None
             image = ImageOps.exif_transpose(image) if upright else image
@@ -321,11 +321,11 @@ def tokenise(images: str, run: str, out: str, world, size: int | None = None, vi
     """Makes the cache `out` of an image folder with RUN/vq.pt and RUN/kl.pt, or continues it. All ranks call this."""
     vq, kl = (checkpoints.load_model(os.path.join(run, f"{kind}.pt"), kind, world.device) for kind in ("vq", "kl"))
     size = size if size is not None else kl.about.get("image_size", 256)
-    paths, labels, classes = find_images(images)
-    refuse([(lies_in(out, images), f"{out} lies in {images}, where it would count as a class; choose another --out"),
+    refuse([(os.path.isdir(images) and lies_in(out, images), f"{out} lies among the classes of {images}; move it"),
             (vq.config.codebook_size > 2**16, f"{run}/vq.pt has more than the 65,536 codes that a cache can hold"),
             (size < 1 or size % (kl.stride * kl.config.merge) or size % vq.stride,
              f"{size} pixels must be a multiple of {vq.stride} (a code) and {kl.stride * kl.config.merge} (a latent)")])
+    paths, labels, classes = find_images(images)
     h = {"format": FORMAT, "images": len(paths), "part": CHUNK * -(-len(paths) // (CHUNK * PARTS)), "views": views,
          "seed": seed, "size": size, "files": text_hash(paths), "classes": classes, "latent_grid": size // kl.stride,
          "channels": kl.config.z_channels, "grid": size // vq.stride, "codebook": vq.config.codebook_size,
@@ -351,8 +351,8 @@ def begin(out, h):
     if os.path.exists(os.path.join(out, "header.json")):
         sweep(out)  # temporary files of commands that were killed
         there = read_header(out)
-        if any(there.get(k) != v for k, v in h.items()):
-            raise UserError(f"{out} has other images, tokenizers, classes, --size, --views, --seed; use another --out.")
+        refuse([(any(there.get(k) != v for k, v in h.items()),
+                 f"{out}: other images, tokenizers, classes, --size, --views, --seed; remove it or use another --out")])
     elif left < h["images"]:
         raise UserError(f"{out} holds parts of a cache without their header.json; remove it and make the cache again.")
     else:
@@ -448,7 +448,7 @@ def write_toy(count: int, out: str):
     """Writes toy pictures as an image folder. Picture i depends on i only, not on their count."""
     names = [f"{'warm' if k < 5 else 'cold'} {list(SHAPES)[k % 5]}" for k in range(10)]
     there = checkpoints.read_classes(os.path.join(out, "classes.tsv"))
-    refuse([("warm_disc" not in there if there else os.path.isdir(out) and os.listdir(out),
+    refuse([("warm_disc" not in there if there else os.path.isdir(out) and any(n[0] != "." for n in os.listdir(out)),
              f"{out} holds other images or files; choose another --out")])
     table = "folder\tid\tname\n" + "".join(f"{n.replace(' ', '_')}\t{k}\t{n}\n" for k, n in enumerate(names))
     write_file(os.path.join(out, "classes.tsv"), lambda f: f.write(table.encode()))  # first: the folder is then ours

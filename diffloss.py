@@ -13,7 +13,7 @@ N rows, which are tokens of any images and do not see each other; C channels of 
 improved DDPM (Nichol & Dhariwal, 2102.09672, called IDDPM below): 1000 timesteps, cosine schedule, learned variance.
 "Official code" is MAR's, which uses IDDPM's. generator.py calls `loss` in training, and `sample` once for each group of
 tokens that it draws together. fast.py holds the same sampler in a faster form.
-The head never computes in bf16, only in fp32 and, in its blocks and all gradients on a GPU, TF32; `tf32` says why."""
+The head never computes in bf16, only in fp32 and, in its blocks on a GPU, TF32; `tf32` says why."""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,10 +84,10 @@ class Schedule:
 def tf32(allowed=True):
     """Whether a GPU may round the inputs of fp32 products to TF32, a mantissa of 10 bits, for its tensor cores.
 
-    When sample takes 100 steps, the first one multiplies an error of eps by 316 = sqrt(abar_989 / abar_999), because
-    abar_999 is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above the standard deviation of
-    x_t, which is 1; later steps correct only most of it. (A net can be more exact there, as eps is nearly x_t; but see
-    t_max.) So autocast is off in `sample`, and in `loss`, to train the net in the precision in which it samples.
+    When sample takes 100 steps, the first multiplies an error of eps by 316: x_0 by sqrt(1 / abar_999), then mean_x0 by
+    sqrt(abar_989), where abar_999 is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
+    the standard deviation of x_t, which is 1; later steps correct only most of it. So autocast is off in `sample`, and
+    in `loss`, to train the net in the precision in which it samples. (Products of the backward pass: see train.py.)
 
     HeadNet keeps all but the blocks in fp32: `input`, because errors in sums of only C products do not cancel; `output`
     and the embeddings, because they are cheap. The blocks may round to TF32 (0.05%): each of their products sums

@@ -8,8 +8,8 @@
 The rewrites are exact to rounding: they reorder work, do repeated work once, and leave out what nobody reads.
 (Where rounding decides between two codes, codes may differ; with dropout, `loss` agrees in distribution.) Tests
 assert it for every fusion. train.py and sample.py call these functions, `sample.py --plain` the plain ones. Every
-section says what is rewritten, why it is exact and, if measured, how many times as fast it is on 2 cores; the last two
-depend on the machine (`FewRows`; CUDA graphs and torch.compile)."""
+section says what is rewritten, why it is exact and, if measured, how many times as fast it is on 2 cores. The last two
+sections depend on the machine (`FewRows`; CUDA graphs and torch.compile)."""
 from typing import NamedTuple
 
 import torch
@@ -254,9 +254,9 @@ def generate(model, classes, codes, iterations=64, steps=100, cfg=4.0, schedule=
 
 # ----------------------------------------------------------------------------------------------- the training step
 # `loss` puts visible tokens first, as in 1. above. It computes the head's loss for one draw of (t, noise) after the
-# other, because a CPU's allocator may keep the memory of small tensors for the next step. What all draws share is
-# computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many rows, so the mean
-# of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8); not measured on a GPU.
+# other: tensors are M times smaller, and a CPU's allocator keeps small blocks, while it fetches large ones anew. What
+# all draws share is computed once: projected z, and a table of all T embedded timesteps. Exact: draws have equally many
+# rows, so the mean of their means is the mean of all. Only 1.02 times as fast on 2 cores (d2c-b, batch 8).
 
 def head_net(net, z):
     """-> a function like HeadNet.forward, (x_t, t, z) -> [..., N, 2C], that uses this z in place of its argument."""
@@ -310,8 +310,8 @@ class FewRows:
 
 
 # --------------------------------------------------------------------- the machine: CUDA graphs and torch.compile
-# The head's loop launches thousands of small kernels, and a launch takes longer than the kernel's work. A graph records
-# the launches once and replays them all with one call. Exact: the same kernels run. What it saves was never measured.
+# The head's loop launches thousands of small kernels, and with few tokens a launch may take longer than a kernel. A
+# graph records the launches once and replays all with one call. Exact: the same kernels. Its gain was never measured.
 
 class Graphs:
     """CUDA graphs of functions of tensors, one per key: `graphs(key, function, *inputs)` returns function(*inputs).

@@ -34,8 +34,8 @@ class Stopped(KeyboardInterrupt):
 def run_script(main):
     """Runs main() and ends the process: exit code 0; 1 after an error; 2 from argparse; 128 + number of a signal.
 
-    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback. If
-    several ranks fail in main, only the first one prints; all end."""
+    A user's mistake (UserError) and a signal become one sentence. Any other error is a bug and shows its traceback, but
+    for a closed pipe. If several ranks fail in main, only the first one prints; all end."""
     def stop(number, frame):
         raise Stopped(number, "stopped; run the same command again")
 
@@ -55,7 +55,8 @@ def run_script(main):
         if is_first():
             print(f"{signal.Signals(number).name}: {sentence}", file=sys.stderr)
         code = 128 + number
-    except BrokenPipeError:  # whoever read our output has gone, as in `| head -1`
+    except BrokenPipeError:  # whoever read our output has gone, as in `| head -1`: nobody is there to be told
+        pulse and pulse.end_all()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's last flush would fail too
         code = 128 + signal.SIGPIPE
     except SystemExit as end:  # argparse: --help, or a flag that does not exist

@@ -188,14 +188,14 @@ def open_images(root: str, crop: int | None = None, jpeg: bool = False) -> Image
         return open_archive(root)
     files = sorted(f for f in glob.glob("**", root_dir=root, recursive=True) if f.lower().endswith(LOSSLESS + LOSSY))
     lossy = [f for f in files if f.lower().endswith(LOSSY) and not jpeg]
+    places = [os.path.realpath(os.path.join(root, folder)) for folder in {*map(os.path.dirname, files)}]
     gone = [f for f in files if not os.path.exists(os.path.join(root, f))]
     refuse([(not os.path.isdir(root), f"{root} is neither a folder of images nor an .npz (or, as REFERENCE, a .pt)"),
             (not files, f"{root} holds no images ({', '.join(LOSSLESS)})"),
             (lossy, f"{root} holds {len(lossy)} compressed images, e.g. {', '.join(lossy[:1])}. Compression changes an "
                     f"FID: save PNG files, or give --jpeg if these are the originals"),
             (gone, f"{root}/{', '.join(gone[:1])} is a link to a missing file; make it again or remove it"),
-            (len({os.path.realpath(os.path.join(root, f)) for f in files}) < len(files),
-             f"{root} has links by which some images would count twice; remove them")])
+            (len({*places}) < len(places), f"{root} reaches some images twice; remove the link to their folder")])
 
     def read(file):
         image = read_image(os.path.join(root, file), crop, upright=False)
@@ -441,7 +441,7 @@ def read_flags():
             (not args.run and drawing != [None] * len(drawing), "--num, --class, --seed and sampling flags need --run"),
             (not scoring and args.metrics, "--metrics is for generated images"),
             (args.save and not args.save.endswith(".npz"), "--save takes FILE.npz"),
-            (args.save and args.save in args.paths, f"--save {args.save} would replace its own input"),
+            (args.save and os.path.realpath(args.save) in map(os.path.realpath, args.paths), "--save takes a new file"),
             (args.out and (args.save or args.table), "--out is for figures; --save and --table write none"),
             (not set(metrics) <= set(METRICS), f"--metrics takes {','.join(METRICS)}"),
             (args.protocol == "pytorch-fid" and metrics != ["fid"], "pytorch-fid defines FID only"),

@@ -191,15 +191,15 @@ class Generator(nn.Module):
     def draw(self, B, generator=None, uniform=None) -> Draws:
         """Draws the random numbers of a training step on B images, on the model's device.
 
-        All images mask equally many tokens: `uniform`, a Python float in [0, 1), decides their one masking ratio, so
-        that the host knows this number without waiting for a GPU. None: drawn on the device, and waited for."""
+        All images mask equally many tokens. `uniform`, a Python float in [0, 1), decides how many, so the host knows
+        their number at once; None draws it on the device and waits for it."""
         c, L, device = self.config, self.config.grid**2, self.mask_token.device
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
         masked = math.ceil(mask_ratio(float(rand(1)) if uniform is None else uniform, c.mask_min) * L)
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             drop=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # a permutation: `masked` numbers are smaller
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # argsort permutes 0 to L - 1: `masked` of them
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim), posterior_noise=normal(B, L, c.token_dim),
             code_uniform=rand(2, B, c.codes), masked=masked)

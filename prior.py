@@ -144,7 +144,7 @@ class Prior(nn.Module):
 
         One causal pass gives all L distributions (teacher forcing). uniform [B, L] in [0, 1) are the random numbers.
         D2C trains its generator on these codes: like sampled ones, they contain mistakes of the prior, although here
-        no mistake leads to others. D2C samples them at temperature 1, without guidance."""
+        no mistake leads to others. They are drawn at temperature 1, without guidance."""
         # 32 images at a time: their logits for K = 16384 take 0.5 GB
         parts = zip(codes.split(32), classes.split(32), uniform.split(32))
         return torch.cat([pick(self(c[:, :-1], y), u) for c, y, u in parts])

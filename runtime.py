@@ -174,7 +174,7 @@ def sweep(folder: str):
     """Removes the temporary files of killed writers from a folder and the folders in it. Call it while none writes."""
     for inside in ("*", os.path.join("*", "*")):
         for path in glob.glob(os.path.join(glob.escape(folder), f"{inside}.tmp*")):
-            ours = re.search(r"\.(pt|npy|npz|json|png|gif)\.tmp(\d+)$", path)
+            ours = re.search(r"\.(pt|npy|npz|json|png|gif|html|svg|tsv)\.tmp(\d+)$", path)
             if ours and os.path.isfile(path) and not is_alive(int(ours[2])):
                 os.unlink(path)
 

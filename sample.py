@@ -217,7 +217,7 @@ def check_sampling(run: Run, s: Sampling, start: Start | None = None) -> Samplin
             (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
             (not (0 < s.prior_temperature < math.inf and 0 <= s.temperature < math.inf),
              "--prior-temperature must be above 0 (see also --top-k 1), --temperature at least 0, both finite"),
-            (not math.isfinite(s.cfg + s.prior_cfg + s.cfg_from), "--cfg, --prior-cfg, --cfg-from must be finite"),
+            (not math.isfinite(s.cfg + s.prior_cfg) or math.isnan(s.cfg_from), "--cfg and --prior-cfg must be finite"),
             (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
     return s
 
@@ -394,9 +394,10 @@ def prepare(args, run: Run, world):
 
     one_file (a grid as PNG), num, sampling, start (or None), labels: picture i is of class labels[i % len(labels)]."""
     args.one_file = args.out.lower().endswith(".png")
+    real = lambda *paths: {os.path.realpath(path) for path in paths if path}
     refuse([(args.num is not None and args.num < 1 or args.batch < 1, "--num and --batch must be at least 1"),
             ("" in (args.out, args.edit, args.keep, args.like), "--out, --edit, --keep and --like take a path"),
-            (args.out in (args.edit, args.keep, args.like), f"--out {args.out} would replace a picture that is read"),
+            (real(args.out, args.frames) & real(args.edit, args.keep, args.like), "--out would replace an input"),
             ((args.edit is None) != (args.keep is None), "--edit IMAGE and --keep MASK need each other"),
             (args.edit and args.like, "--edit and --like exclude each other"),
             (args.frames and not (args.frames.lower().endswith(".gif") and args.one_file),

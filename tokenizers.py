@@ -280,7 +280,7 @@ class KL(Autoencoder):
     def sample(self, moments, noise=None, generator=None):
         """moments [B, 2Z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
-        noise: [B, Z, h, h], or as many numbers in another shape, in this order; zeros give the posterior's mean."""
+        noise: B*L*C independent numbers in any shape, which is changed; zeros give the posterior's mean."""
         mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -346,9 +346,8 @@ def border_filter(stride):
     the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
     way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0 of DCT-II is a constant: equal differences, an
     edge. Wave 0 of DCT-IV is a quarter of a cosine, 0 at the border: no edge. Example: an error adds e to the left
-    tile, so all sums and differences are e. V.T makes the differences sqrt(2) e times that cosine. The pixels of a
-    pair, (sum + difference) / 2 and (sum - difference) / 2, then fall smoothly from 1.2e at the left tile's centre to
-    e/2 at the border and -0.2e at the right tile's centre."""
+    tile, so all sums and differences are e. V.T bends the differences to that cosine. The pixels, (sum ± difference) /
+    2, then fall smoothly: 1.2e in the middle of the left tile, e/2 at the border, -0.2e in the middle of the right."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5

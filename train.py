@@ -262,14 +262,13 @@ def parse_args():
     bad = lambda x: x is not None and not 0 < x < math.inf
     refuse([("" in (args.data, args.run), "--data and --run take paths"), (bad(args.lr), "--lr must be above 0"),
             (args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
-            (folder and args.data and (lies_in(args.run, args.data) or lies_in(args.data, args.run)),
-             "--data and --run must lie outside each other; a run among the images would count as a class"),
+            (folder and args.data and lies_in(args.run, args.data), "--run lies in --data, whose folders are classes"),
             (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != "0", "--only vq or kl is for stage 0"),
             ((args.fusion or args.condition) and args.stage in ("0", "1"), "--fusion and --condition are for stage 2"),
             (args.condition and not FUSIONS[args.fusion or PRESETS[args.preset].generator.fusion].reads_codes,
-             "--condition says where codes come from, but this fusion reads none"),
+             "--condition says where codes come from, but this fusion reads none; omit it"),
             (args.shard and (folder or "LOCAL_RANK" not in os.environ), "--shard is for stages 1 and 2 under torchrun"),
             ((args.steps or args.lr) and all_stages, "--steps and --lr are for a single stage; see --hours"),
             (bad(args.hours) or args.hours and not all_stages, "--hours H, above 0, is for stage all"),
@@ -474,7 +473,8 @@ def train_all(args, world):
     inside, preset = lambda name: os.path.join(args.run, name), sized(PRESETS[args.preset], args.size)
     true_share(args.condition or preset.condition)  # refuses a wrong --condition now, and not hours later
     if args.fresh and not args.dry_run and world.rank == 0 and not is_restart() and os.path.isdir(args.run):
-        checkpoints.set_aside([inside(name) for name in os.listdir(args.run) if not name.startswith("before-")])
+        there = [inside(name) for name in os.listdir(args.run) if not name.startswith("before-")]
+        checkpoints.set_aside([path for path in there if not lies_in(args.data, path)])  # photographs stay
     barrier()
     args.fresh, plan = False, (None if args.fresh and args.dry_run else read_json(inside("plan.json")))
     if plan is None:  # of each stage its steps, and its seconds (fix_steps); begun: by this command
@@ -483,7 +483,7 @@ def train_all(args, world):
         plan = {"hours": args.hours, "batch": args.batch, "steps": steps, "seconds": [None] * 3, "begun": []}
     agree(plan, "the plan")
     refuse([(args.hours and args.hours != plan["hours"], f"{inside('plan.json')} is for other --hours; see --fresh"),
-            (args.batch != plan.get("batch"), f"{inside('plan.json')} is for another --batch; see --fresh"),
+            (args.batch != plan.get("batch", args.batch), f"{inside('plan.json')} is for another --batch; see --fresh"),
             (plan["hours"] and "-" in (args.condition or ""), "the --hours of plan.json exclude --condition P-Q")])
     args.hours = plan["hours"]
     stages = [0, 1, 2] if FUSIONS[args.fusion or preset.generator.fusion].reads_codes else [0, 2]

@@ -551,17 +551,12 @@ def toy_pictures_of_a_folder(c):
 
 # ------------------------------------------------------------------------------------------------------- where to write
 
-@case("outside each other")
+@case("--run lies in --data")
 def run_among_the_images(c):
     return "train", "--stage", "all", "--preset", "toy", "--data", c.new, "--run", f"{c.new}/run"
 
 
-@case("outside each other")
-def images_in_the_run(c):
-    return "train", "--stage", 0, "--preset", "toy", "--run", c.tmp, "--data", c.new
-
-
-@case("lies in .*, where it would count as a class")
+@case("lies among the classes of")
 def cache_among_the_images(c):
     shutil.copytree(c.toy.images, c.new)
     return tokenise(c, images=c.new, out=f"{c.new}/cache")
@@ -577,14 +572,14 @@ def empty_out(c):
     return *tokenise(c), "--out", ""
 
 
-@case("would replace a picture that is read")
+@case("--out would replace an input")
 def output_that_is_the_input(c):
     return *sample(c), "--like", c.tmp / "a.png"
 
 
-@case("would replace its own input")
+@case("--save takes a new file")
 def statistics_over_their_images(c):
-    return "fid", "a.npz", "--save", "a.npz"
+    return "fid", "./a.npz", "--save", "a.npz"
 
 
 @case("--out is for figures")

@@ -414,7 +414,9 @@ def test_all_stages_in_given_hours(ten, works, two_ranks, script, tmp_path):
     assert result.code == 1 and "exclude --condition P-Q" in result.err
     said = works(*all_stages(ten, run, "--fresh", "--dry-run", "--hours", 2))  # neither moves nor obeys what is there
     assert "moved to" not in said and "steps: 12 of vq and kl" in said and "if 2.0 hours" in said
-    assert "steps: 12 of vq and kl" in works(*all_stages(ten, run, "--fresh", *less))
+    photographs = shutil.copytree(ten, f"{run}/photographs")  # in the run: --fresh must not move them
+    assert "steps: 12 of vq and kl" in works(*all_stages(photographs, run, "--fresh", *less))
+    assert os.path.isdir(photographs)
     assert {"plan.json", "cache", "samples.png", "vq.pt", "log.jsonl"} <= set(os.listdir(f"{run}/before-1"))
 
 

@@ -24,7 +24,6 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from measure import (average_draws, classes_and_codes, completed, count_flops, matmul_rate, peak_memory, random_weights,

@@ -83,8 +83,9 @@ def main():
         models["kl"].set_scale(generator.about.get("latent_scale", models["kl"].config.scale))
         refuse([(models["kl"].config.scale is None, f"no file of {run} says the scale of the latents")])
     ours = [models[kind] for kind in ("prior", "generator") if kind in models]
-    refuse((kind in models and checkpoints.checksum(models[kind].state_dict()) != trained_with,
-            f"{run}/{kind}.pt is not the tokenizer that the others were trained with")
+    reads = lambda model, kind: kind in models and (kind == "kl" or model is not generator or model.fusion.reads_codes)
+    refuse((reads(model, kind) and checkpoints.checksum(models[kind].state_dict()) != trained_with,
+            f"{run}/{kind}.pt is not the tokenizer that the others were trained with; take the files of one training")
            for model in ours for kind, trained_with in model.about.get("tokenizers", {}).items())
     known = next((model.about["classes"] for model in ours if "classes" in model.about), None)  # else official files
     known = known or sample.official_classes(run, ours[0].config.classes)

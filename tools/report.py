@@ -147,7 +147,7 @@ def section(stage, records, grids, headers):
     charts = [chart("loss", curve("loss"), 960, 260, normal, label)] if curve("loss") else []
     charts += [chart(title, curve(key), 309, 130, zero=True) for key, title in
                (("lr", "learning rate"), ("images_per_s", "images/s"), ("skipped", "skipped steps")) if curve(key)]
-    grids = [g for g in grids if int(Path(g).stem[-7:]) <= records[-1]["step"]]  # no older training's
+    grids = [g for g in grids if int(Path(g).stem[-7:]) <= records[-1]["step"]]  # not beyond the log
     shown = dict.fromkeys(grids[round(i * (len(grids) - 1) / (PICTURES - 1))] for i in range(PICTURES)) if grids else ()
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(records[-1].get("time", 0)))
     caption = "Pictures by the raw weights in the upper half, by the EMA in the lower:" if shown else ""

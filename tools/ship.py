@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints
+import sample
 from faults import run_script
-from fusion import FUSIONS
 from runtime import refuse, write_file
 
 
@@ -30,8 +30,8 @@ def save_deflated(content, file):
 
 def ship(source: str, target: str):
     """All files of `source` are checked before the first file of `target` is written."""
-    fusion = checkpoints.load(os.path.join(source, "generator.pt"), "generator")[0].fusion
-    kinds = tuple(checkpoints.CONFIGS) if FUSIONS[fusion].reads_codes else ("kl", "generator")
+    reads_codes = sample.load_run(source).generator.fusion.reads_codes  # refuses files that do not belong together
+    kinds = tuple(checkpoints.CONFIGS) if reads_codes else ("kl", "generator")
     files = {kind: [os.path.join(folder, f"{kind}.pt") for folder in (source, target)] for kind in kinds}
     contents = {kind: checkpoints.read(path) for kind, (path, _) in files.items()}
     refuse(("format" not in contents[kind], f"{path} is an official file; only our own are copied")
