@@ -20,10 +20,10 @@ from itertools import count
 
 import torch
 
+from faults import run_script
 from fusion import FUSIONS
 from generator import Generator, GeneratorConfig
 from prior import Prior, PriorConfig
-from faults import run_script
 from runtime import UserError, agree, barrier, is_first, print0, refuse, sweep, write_file
 from tokenizers import KL, VQ, KLConfig, VQConfig
 
@@ -65,7 +65,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 def read(path: str) -> dict:
     """The content of a torch file. Refuses a file that is absent, damaged, not torch's, or holds code."""
-    refuse([(not os.path.isfile(path), f"{path} is not there; train it or put an official file under this name")])
+    refuse([(not os.path.isfile(path), f"{path} is not there; train it, take an official file, or mend the path")])
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)

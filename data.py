@@ -6,7 +6,7 @@
 
 An image folder has one folder per class. A file `classes.tsv` in it (columns folder, id, name) gives each class its
 external id and name. Without it the ids count the sorted folders (0, 1, 2, ..., for ImageNet the usual index), unless
-the folders' names are different numbers: then these are the ids, and order the folders.
+all names are numbers, no two equal: then these are the ids, and order the folders.
 
 The cache holds each image in V views: view 0 is the centre crop, view 1 its mirror image, every further view a random
 crop. So stages 1 and 2 run no encoder. `header.json` says what data.py made the cache from, and which images could
@@ -217,7 +217,7 @@ class Order:
         self.groups = [images] if labels is None else [images[labels == k] for k in np.unique(labels)]
         self.share = -(-len(images) // len(self.groups))  # images per class and epoch, rounded up
         self.seed, self.views = seed, views
-        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the main thread may read another (Tokenizers.after)
+        self.epoch = lru_cache(maxsize=2)(self.draw)  # 2: the main thread may read another (e.g. Tokenizers.after)
 
     def __len__(self):
         return self.share * len(self.groups)
@@ -472,7 +472,7 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
     args = parser.parse_args()
     refuse([(not args.out, "--out takes a path"), (args.toy is not None and args.toy < 1, "--toy must be at least 1"),
-            (args.toy is not None and (args.images or args.run or args.size), "--toy takes no --images, --run, --size"),
+            (args.toy is not None and (args.images or args.run or args.size), "--toy takes only --out"),
             (args.toy is None and not (args.images and args.run), "give --images DIR and --run RUN, or --toy N"),
             (args.views < 1 or args.seed < 0, "--views must be at least 1 and --seed at least 0")])
     if args.toy is None:

@@ -84,10 +84,10 @@ class Schedule:
 def tf32(allowed=True):
     """Whether a GPU may round the inputs of fp32 products to TF32, a mantissa of 10 bits, for its tensor cores.
 
-    When sample takes 100 steps, the first multiplies an error of eps by 316: x_0 by sqrt(1 / abar_999), then mean_x0 by
-    sqrt(abar_989), where abar_999 is 2.4e-9. bf16 rounds a value near 1 by up to 0.4%. Times 316 this is 1.2, above
-    the standard deviation of x_t, which is 1; later steps correct only most of it. So autocast is off in `sample`, and
-    in `loss`, to train the net in the precision in which it samples. (Products of the backward pass: see train.py.)
+    When sample takes 100 steps, the first multiplies an error of eps by 316: solving for x_0 multiplies it by
+    sqrt(1/abar_999) = 20,300, and mean_x0, about sqrt(abar_989), by 0.0156. bf16 rounds a value near 1 by up to 0.4%.
+    Times 316 this is 1.2, above the standard deviation of x_t, which is 1; later steps correct only most of it. So
+    autocast is off in `sample`, and in `loss`, to train as it samples. (Backward: see train.py.)
 
     HeadNet keeps all but the blocks in fp32: `input`, because errors in sums of only C products do not cancel; `output`
     and the embeddings, because they are cheap. The blocks may round to TF32 (0.05%): each of their products sums

@@ -227,8 +227,8 @@ class Watch:
 
         All ranks call it; the host waits. Raises a UserError after `patience` steps in a row that were not finite."""
         if self.longest >= self.patience:
-            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row; go on from "
-                            "the last checkpoint with a lower --lr.")
+            raise UserError(f"the loss or its gradient was not finite for {self.patience} steps in a row; go on with "
+                            "a lower --lr (of --stage all: this stage alone, with --steps of plan.json), or --fresh.")
         mean = float(all_mean(self.loss_sum) / self.finite)  # 0 / 0 is nan
         self.loss_sum, self.finite = torch.zeros_like(self.loss_sum), torch.zeros_like(self.finite)
         return mean, int(self.skipped), int(self.in_row)

@@ -32,9 +32,9 @@ from tqdm import tqdm
 import checkpoints
 import sample
 from data import ahead, read_image, text_hash, to_float
+from faults import run_script
 from inception import Inception, exact_convolutions, file_hash, find_inception
 from presets import Sampling
-from faults import run_script
 from runtime import UserError, barrier, gather, print0, read_json, refuse, setup, write_file, write_json
 
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool"}  # the output of Inception that each needs
@@ -53,8 +53,8 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """FID: |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, of means [D] and covariances [D, D] (1706.08500, Eq. 6).
 
     With S1 = R R^T, S1 S2 has the eigenvalues of R^T S2 R. That matrix is symmetric, so they are real, where scipy's
-    sqrtm can give imaginary parts. R leaves out directions in which S1 has no variance; with N <= D
-    images there are some. Rounding would give them eigenvalues of 1e-16, whose roots, 1e-8 each, would add up."""
+    sqrtm can give imaginary parts. R leaves out directions in which S1 has no variance; with N <= D images there are
+    some. Rounding would give them eigenvalues of 1e-16, whose roots, 1e-8 each, would add up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).to("cpu", torch.float64) for v in (mu1, cov1, mu2, cov2))
     refuse([(mu1.shape != mu2.shape, f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared"),
             (not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)),
@@ -167,8 +167,8 @@ def measure(args, world, images, features) -> dict:
 class Images:
     """`count` images of `size` [H, W] in a fixed order. names: the path of each, or None. `about`: for result.json.
 
-    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: their classes, if names
-    (in class folders) is None. settings: what drew them; by default settings.json in the folder (in X for X.npz)."""
+    batches(ranges of their numbers) yields uint8 [len(range), 3, H, W] for each range. labels: classes, if no names say
+    them. settings: what drew them; by default settings.json in the folder (in X for X.npz)."""
 
     def __init__(self, path, identity, count, size, batches, names=None, labels=(), settings=None):
         self.count, self.size, self.batches, self.names = count, [*size], batches, names
@@ -306,7 +306,7 @@ def score(args, model, world):
     images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
     size = real_images.size if real_images else (reference or {}).get("size", images.size)
     refuse([(size != images.size, f"{args.reference} has or comes from images of {size} pixels, but these have "
-                                  f"{images.size}; give another --crop (statistics: make them again with it)")])
+                                  f"{images.size}; give another --crop (not a folder: make it again)")])
     if real_images:
         real = measure(args, world, real_images, partial(summands, model, {*args.metrics} - {"is", *real})) | real
     if not (fake := measure(args, world, images, partial(summands, model, args.metrics))):

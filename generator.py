@@ -199,7 +199,7 @@ class Generator(nn.Module):
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         return Draws(
             drop=rand(B) < c.class_drop,
-            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # argsort permutes 0 to L - 1: `masked` of them
+            mask=(rand(B, L).argsort(dim=1) < masked).float(),  # of a permutation, `masked` entries are < masked
             t=torch.randint(T, (c.batch_mul, B, L), generator=generator, device=device),
             noise=normal(c.batch_mul, B, L, c.token_dim), posterior_noise=normal(B, L, c.token_dim),
             code_uniform=rand(2, B, c.codes), masked=masked)

@@ -345,7 +345,7 @@ def about(path: str):
             facts = json.loads(image.info[TEXT_KEY])
         command, weights, run = facts.pop("command"), facts["weights"], facts["run"] or TINY
     except (OSError, SyntaxError, LookupError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} does not say how it was made; only PNG files of sample.py do, unchanged.") from None
+        raise UserError(f"{path} is absent or does not say how it was made; unchanged PNGs of sample.py do.") from None
     print(json.dumps(facts, indent=1), command, sep="\n")
     if os.path.isdir(run) and checksums(load_run(run)) != weights:
         print(f"note: {run} holds other weights now, so the command will draw other pictures.", file=sys.stderr)
@@ -451,7 +451,7 @@ def write_grid(run: Run, args, facts: dict, origin: dict, world):
 
 def write_folder(run: Run, args, facts: dict, origin: dict, world):
     """--out DIR: this rank's pictures that DIR lacks. FILE.npz: then all as arr_0 [N, H, W, 3], class ids as arr_1."""
-    folder = args.out.removesuffix(".npz")
+    folder = args.out[:-4] if args.out.lower().endswith(".npz") else args.out
     if world.rank == 0:
         same_settings(folder, facts, args.num)
         sweep(folder)  # temporary files of commands that were killed

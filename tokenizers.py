@@ -280,7 +280,7 @@ class KL(Autoencoder):
     def sample(self, moments, noise=None, generator=None):
         """moments [B, 2Z, h, h] -> latents [B, L, C]: drawn from the posterior, scaled, merged.
 
-        noise: B*L*C independent numbers in any shape, which is changed; zeros give the posterior's mean."""
+        noise: B*L*C independent numbers; any shape will do. Zeros give the posterior's mean."""
         mean, logvar = self.posterior(moments)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -341,13 +341,13 @@ def add_linear_path(model, grid_out, grid_in):
 def border_filter(stride):
     """A lapped transform (Malvar & Staelin 1989; Tran and others 2003) as an orthogonal matrix [stride, stride].
 
-    Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. It acts on a row
-    of pixels across a border, n = stride / 2 of each tile, in pairs that mirror each other at the border. The sums of
-    the pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the
-    way back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0 of DCT-II is a constant: equal differences, an
-    edge. Wave 0 of DCT-IV is a quarter of a cosine, 0 at the border: no edge. Example: an error adds e to the left
-    tile, so all sums and differences are e. V.T bends the differences to that cosine. The pixels, (sum ± difference) /
-    2, then fall smoothly: 1.2e in the middle of the left tile, e/2 at the border, -0.2e in the middle of the right."""
+    Without it an error of one latent ends in an edge at its tile's border, and a picture shows a grid. The filter acts
+    on a row of pixels across a border, n = stride / 2 of each tile, in pairs mirrored at the border. The sums of the
+    pairs stay. Their n differences are multiplied by an orthogonal matrix: V on the way to the latents, V.T on the way
+    back. V.T turns wave k of DCT-II into wave k of DCT-IV. Wave 0 of DCT-II is a constant: equal differences, an edge.
+    Wave 0 of DCT-IV is a quarter of a cosine, 0 at the border: no edge. Example: an error adds e to the left tile, so
+    all sums and differences are e. V.T makes them that cosine, sqrt(2) e high, as it keeps their norm. The pixels, (sum
+    ± difference) / 2, then fall smoothly: 1.2e in the left tile's middle, e/2 at the border, -0.2e in the right's."""
     n = stride // 2
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     dct2 = torch.cos(torch.pi / n * (i + 0.5) * k) * (2 / n) ** 0.5

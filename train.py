@@ -433,7 +433,7 @@ def loop(stage, ema, loss_of, optimizer, watch, first, replan):
         if args.grid_every and (done % args.grid_every == 0 or last):
             show(stage, ema, done)
         clock += time.time() - before  # saves and pictures do not count in images/s
-        watch.signal or bar.update()  # Ctrl-C may have ended who reads the bar (tee), and the save is yet to come
+        watch.signal or bar.update()  # after Ctrl-C its reader (tee) may be gone, and the save is yet to come
     bar.close(), watch.close(), barrier()
 
 

@@ -544,7 +544,7 @@ def condition_without_codes(c):
     return train(c, 2, "--fusion", "none", "--condition", "resampled")
 
 
-@case("--toy takes no --images")
+@case("--toy takes only --out")
 def toy_pictures_of_a_folder(c):
     return "data", "--toy", 3, "--images", c.toy.images, "--out", c.new
 
