@@ -65,7 +65,7 @@ def save(path: str, kind: str, config, state: dict, **meta):
 
 def read(path: str) -> dict:
     """The content of a torch file. Refuses a file that is absent, damaged, not torch's, or holds code."""
-    refuse([(not os.path.isfile(path), f"{path} is not there; train it, take an official file, or mend the path")])
+    refuse([(not os.path.isfile(path), f"{path} is not there; train it, take an official file, or give another path")])
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)

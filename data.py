@@ -66,7 +66,7 @@ def random_crop(image: Image.Image, size: int, random: np.random.Generator) -> I
 
 
 def open_image(path: str, size: int | None = None, upright=True) -> Image.Image | None:
-    """The picture in RGB, its transparent parts on white. None if unreadable, too large, or of floats, of 32-bit ints.
+    """The picture in RGB, its transparent parts on white. None if unreadable, too large, of floats or of 32-bit ints.
 
     size: of the crop that the caller will make. upright: obey the camera's EXIF note. fid.py does not, as ADM."""
     try:

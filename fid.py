@@ -306,7 +306,7 @@ def score(args, model, world):
     images = draw_images(args, world.device) if args.run else open_images(args.images, jpeg=args.jpeg)
     size = real_images.size if real_images else (reference or {}).get("size", images.size)
     refuse([(size != images.size, f"{args.reference} has or comes from images of {size} pixels, but these have "
-                                  f"{images.size}; give another --crop (not a folder: make it again)")])
+                                  f"{images.size}; give another --crop, or a file of this size")])
     if real_images:
         real = measure(args, world, real_images, partial(summands, model, {*args.metrics} - {"is", *real})) | real
     if not (fake := measure(args, world, images, partial(summands, model, args.metrics))):

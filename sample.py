@@ -210,14 +210,14 @@ def check_sampling(run: Run, s: Sampling, start: Start | None = None) -> Samplin
     """Returns s, or raises the sentence that says what is wrong with it."""
     L = run.generator.config.grid**2 if start is None else int((~start.keep).sum())
     refuse([(not 1 <= s.iterations <= L, f"--iterations must be between 1 and {L}, the tokens to draw"),
-            (not 0 <= s.t_max <= 999, "--t-max must be between 0 and 999")])
+            (not 0 <= s.t_max <= 999, "--t-max must be from 0 to 999"), (math.isnan(s.cfg_from), "--cfg-from is nan")])
     steps = head_steps(s)
     refuse([(not 1 <= min(steps) <= max(steps) <= s.t_max + 1,
              f"--steps must be between 1 and {s.t_max + 1}, and both numbers of --anneal too"),
             (s.schedule not in ("linear", "constant"), "--schedule must be linear or constant"),
             (not (0 < s.prior_temperature < math.inf and 0 <= s.temperature < math.inf),
              "--prior-temperature must be above 0 (see also --top-k 1), --temperature at least 0, both finite"),
-            (not math.isfinite(s.cfg + s.prior_cfg) or math.isnan(s.cfg_from), "--cfg and --prior-cfg must be finite"),
+            (not math.isfinite(s.cfg + s.prior_cfg), "--cfg and --prior-cfg must be finite"),
             (s.top_k < 0 or not 0 < s.top_p <= 1, "--top-k must be at least 0, --top-p above 0 and at most 1")])
     return s
 

@@ -262,7 +262,7 @@ def parse_args():
     bad = lambda x: x is not None and not 0 < x < math.inf
     refuse([("" in (args.data, args.run), "--data and --run take paths"), (bad(args.lr), "--lr must be above 0"),
             (args.data is None and folder, f"stage {args.stage} needs an image folder: --data DIR"),
-            (folder and args.data and lies_in(args.run, args.data), "--run lies in --data, whose folders are classes"),
+            (folder and args.data and lies_in(args.run, args.data), "--run lies among the classes of --data; move it"),
             (args.size is not None and not folder, "--size is for stages 0 and all; a cache has its size"),
             (not 0 <= args.seed < 2**63, "--seed must be at least 0, and below 2**63"),
             (args.only and args.stage != "0", "--only vq or kl is for stage 0"),

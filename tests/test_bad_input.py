@@ -384,6 +384,7 @@ def flags(script, words, *values):
 flags("sample", ["--iterations must be between 1 and 16"], "--iterations 0", "--iterations 17", "--iterations -3")
 flags("sample", ["--steps must be between 1 and 951"], "--steps 0", "--steps 952")
 flags("sample", ["--t-max must be"], "--t-max 1000", "--t-max -1")
+flags("sample", ["--cfg-from is nan"], "--cfg-from nan")
 flags("sample", ["--schedule must be"], "--schedule cosine")
 flags("sample", ["temperature"], "--prior-temperature 0", "--temperature -1", "--temperature nan")
 flags("sample", ["--top-"], "--top-k -1", "--top-p 0", "--top-p 1.5")
@@ -551,7 +552,7 @@ def toy_pictures_of_a_folder(c):
 
 # ------------------------------------------------------------------------------------------------------- where to write
 
-@case("--run lies in --data")
+@case("--run lies among the classes of --data")
 def run_among_the_images(c):
     return "train", "--stage", "all", "--preset", "toy", "--data", c.new, "--run", f"{c.new}/run"
 

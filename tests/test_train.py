@@ -254,8 +254,8 @@ def test_learning_rate_follows_batch_and_warm_up(toy, copy_run, works, monkeypat
 # ------------------------------------------------------------------------------------------------------- combinations
 
 @pytest.mark.parametrize("fusion, condition", [(fusion, condition) for fusion in FUSIONS for condition in
-                                               ("resampled", "ground_truth", "mixed:0.5") if fusion != "none"]
-                         + [("none", None)])
+                                               ("resampled", "ground_truth", "mixed:0.5") if FUSIONS[fusion].reads_codes]
+                         + [(fusion, None) for fusion in FUSIONS if not FUSIONS[fusion].reads_codes])
 def test_fusions_and_conditions_train_and_sample(toy, copy_run, works, tmp_path, fusion, condition):
     run = copy_run("vq", "kl", "prior")
     works(*command(toy, 2, run, 2, "--fusion", fusion, *(("--condition", condition) if condition else ())))
